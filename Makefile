@@ -1,0 +1,37 @@
+# Every target makes the environment it needs; PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+env: $(STAMP)  ## Create .venv with everything that tests and the demo need
+
+demo: $(STAMP)  ## Align the embedded model on shapes: minutes on two CPU cores, nothing to download
+	$(BIN)/python -m diffalign train configs/shapes_demo.yaml
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest
+
+# mypy takes the bare diffalign/ for the whole package, so it is shown a tree that looks like the installed one.
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(VENV)/tree && mkdir -p $(VENV)/tree/diffalign
+	ln -s $(CURDIR)/diffalign/* $(CURDIR)/rewards $(CURDIR)/pipelines $(CURDIR)/eval $(CURDIR)/configs $(VENV)/tree/diffalign/
+	cd $(VENV)/tree && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p diffalign
+
+clean:  ## Remove the environment, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch is named so that pip never trades it for another build; CONTRIBUTING.md says why the install is strict.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e '.[dev]' --config-settings editable_mode=strict
+	touch $@

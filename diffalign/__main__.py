@@ -1,0 +1,7 @@
+"""`python -m diffalign`."""
+
+import sys
+
+from diffalign.cli import main
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"""From rewards to advantages. NaN = "this reward does not apply"; it takes no part in statistics and trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffalign.types import UserError
+
+
+def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """sum_k w_k r_k over the rewards that apply to a sample, [B] float64; NaN where none does."""
+    stacked = torch.stack([rewards[name].double() * weights[name] for name in rewards])
+    total = stacked.nansum(0)
+    return total.masked_fill(stacked.isnan().all(0), torch.nan)
+
+
+def group_advantages(
+    rewards: Tensor, group: Tensor, std: str = "global", ddof: int = 0, eps: float = 1e-4
+) -> Tensor:
+    """A = (r - mean of the group) / (std + eps), computed in float64; GRPO (arXiv 2402.03300).
+
+    Args:
+        rewards: [B], NaN where not applicable.
+        group: [B] integers; samples of one prompt share one.
+        std: 'group', 'global' (of all rewards of the epoch, Flow-GRPO's default) or 'none' (divide by 1).
+        ddof: 0 for the population std (Flow-GRPO, eps 1e-4), 1 for the sample std (DanceGRPO, eps 1e-8).
+
+    Returns [B] float64. A group whose rewards are all equal, or that has a single valid one, gives exactly 0; a NaN
+    reward gives NaN.
+    """
+    if std not in ("group", "global", "none"):
+        raise UserError(f"advantage std '{std}' is unknown; take group, global or none")
+    r = rewards.double()
+    valid = ~r.isnan()
+    _, row = group.unique(return_inverse=True)
+    groups = int(row.max()) + 1
+
+    def total(values: Tensor) -> Tensor:
+        return r.new_zeros(groups).index_add_(0, row, values.where(valid, 0.0))
+
+    count = total(torch.ones_like(r))
+    centred = r - (total(r) / count)[row]
+    low = r.new_full((groups,), torch.inf).scatter_reduce_(0, row, r.where(valid, torch.inf), "amin")
+    high = r.new_full((groups,), -torch.inf).scatter_reduce_(0, row, r.where(valid, -torch.inf), "amax")
+    flat = (low == high)[row]
+    if std == "group":
+        scale = (total(centred.square()) / (count - ddof).clamp(min=1)).sqrt()[row] + eps
+    elif std == "global":
+        seen = r[valid]
+        scale = (seen.var(correction=ddof) if len(seen) > ddof else seen.new_zeros(())).sqrt() + eps
+    else:
+        scale = torch.ones_like(r)
+    return torch.where(flat & valid, 0.0, centred / scale)

@@ -1,0 +1,31 @@
+"""What there is to choose from, with one line on each, read from the sources without importing them."""
+
+from __future__ import annotations
+
+import ast
+from importlib.resources import files
+from typing import get_args
+
+from diffalign import loading, prompts
+from diffalign.config import Kernel
+from diffalign.methods import summaries
+
+
+def everything() -> dict[str, dict[str, str]]:
+    """Kind -> name -> summary."""
+    return {
+        "algorithms": summaries("diffalign.algorithms"),
+        "rewards": summaries("diffalign.rewards"),
+        "steering": summaries("diffalign.steering"),
+        "pipelines": summaries("diffalign.pipelines"),
+        "kernels": _kernels(),
+        "embedded models": dict.fromkeys(loading.embedded_models(), ""),
+        "presets": {name: text.partition("\n")[0].lstrip("# ") for name, text in loading.presets().items()},
+        "prompt sets": prompts.EMBEDDED,
+    }
+
+
+def _kernels() -> dict[str, str]:
+    tree = ast.parse((files("diffalign") / "samplers.py").read_text("utf-8"))
+    docs = {node.name: ast.get_docstring(node) or "" for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return {kernel: docs[f"_{kernel}"].partition("\n")[0] for kernel in get_args(Kernel)}

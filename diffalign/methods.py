@@ -1,0 +1,79 @@
+"""Finding a method by name: one file = one method, and adding a file edits no other file."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from diffalign.types import UserError
+
+
+class Method(BaseModel):
+    """A frozen pydantic model that is its own configuration. Subclass it once in a method's file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    name: str
+    """The method's file name, or the dotted path of your own class."""
+
+
+M = TypeVar("M", bound=Method)
+
+
+def _folders(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None, package
+    return list(spec.submodule_search_locations)
+
+
+def available(package: str) -> list[str]:
+    """Names of the methods in a package such as 'diffalign.algorithms', without importing them."""
+    return sorted(m.name for m in pkgutil.iter_modules(_folders(package)) if not m.name.startswith("_"))
+
+
+def summaries(package: str) -> dict[str, str]:
+    """First docstring line of each method in a package, read from its source without importing it."""
+    files = {name: Path(folder, f"{name}.py") for folder in _folders(package) for name in available(package)}
+    docs = {n: ast.get_docstring(ast.parse(f.read_text("utf-8"))) if f.is_file() else None for n, f in files.items()}
+    return {name: (doc or "").partition("\n")[0] for name, doc in docs.items()}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'did you mean ...?', or the known names when none is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean '{near[0]}'?" if near else "known: " + (", ".join(known) or "none")
+
+
+def lookup(package: str, name: str, base: type[M]) -> Any:
+    """The subclass of `base` in file `<package>/<name>.py`, or the object that a dotted path names.
+
+    Raises UserError for an unknown name (with the nearest known one) or a file that defines no such class.
+    """
+    if "." in name:
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            return inspect.getattr_static(importlib.import_module(module_name), attribute)
+        except ImportError as error:
+            raise UserError(f"cannot import '{name}': {error}; is its folder on PYTHONPATH?") from error
+        except AttributeError as error:
+            raise UserError(f"module '{module_name}' has no '{attribute}'") from error
+    known = available(package)
+    if name not in known:
+        raise UserError(f"unknown {package.rpartition('.')[2].rstrip('s')} '{name}'; {nearest(name, known)}")
+    module = importlib.import_module(f"{package}.{name}")
+    found = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"{module.__name__} must define exactly one {base.__name__}, found {len(found)}")
+    return found[0]

@@ -1,0 +1,49 @@
+"""Prompt sets: the embedded ones, text files with one prompt a line, and JSONL with metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffalign.types import UserError
+
+EMBEDDED = {
+    "shapes-train": "prompts of the embedded shapes world to train on, with GenEval metadata",
+    "shapes-test": "held-out prompts of the embedded shapes world, with GenEval metadata",
+}
+
+
+def load(source: str) -> list[dict[str, Any]]:
+    """Metadata of each prompt, its text under "prompt".
+
+    `source` is an embedded set, a .jsonl file of objects with a "prompt", or any other text file, whose non-empty
+    lines are prompts. UserError for a missing or empty file and for a line that is no prompt, naming it.
+    """
+    if source in EMBEDDED:
+        from diffalign.shapes import prompts
+
+        return prompts.train_prompts() if source == "shapes-train" else prompts.test_prompts()
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"no prompt file '{source}'; give a file or one of {', '.join(EMBEDDED)}")
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{source}' is not UTF-8 text") from error
+    numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"'{source}' holds no prompt")
+    if path.suffix == ".jsonl":
+        return [_record(line, f"{source}:{n}") for n, line in numbered]
+    return [{"prompt": line} for _, line in numbered]
+
+
+def _record(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not valid JSON: {error.msg}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+        raise UserError(f'{place}: expected an object with a text under "prompt"')
+    return record

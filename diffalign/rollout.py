@@ -1,0 +1,101 @@
+"""Sampling: prompts -> Rollout. Each sample is a function of the model and its own seed, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.samplers import denoise, randn
+from diffalign.types import Conditioning, Pipeline, Rollout
+
+if TYPE_CHECKING:
+    from diffalign.config import Sampling
+
+
+def sample_seed(seed: int, epoch: int, prompt: int, image: int) -> int:
+    """Seed of image j of prompt p in epoch e: a hash, so that neighbouring numbers give unrelated noise."""
+    words = np.random.SeedSequence([seed, epoch, prompt, image]).generate_state(2, np.uint32)
+    return int(words[0]) << 31 ^ int(words[1])
+
+
+def generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
+    """One CPU generator a sample, so that its noise depends neither on the batch nor on the device."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+@torch.no_grad()
+def collect(
+    pipeline: Pipeline,
+    prompts: Sequence[dict[str, Any]],
+    group: Tensor,
+    seeds: Tensor,
+    sampling: Sampling,
+    kept: Sequence[int] = (),
+    micro_batch: int = 8,
+    device: torch.device | str = "cpu",
+) -> Rollout:
+    """Sample one image for each entry of `prompts` and keep the transitions of the `kept` steps.
+
+    Args:
+        prompts: B metadata dictionaries with the text under "prompt"; repeat an entry for several images.
+        group: [B] prompt ids.
+        seeds: [B] int64; the initial noise and then the noise of each stochastic step are drawn from it.
+        kept: step indices that use `sampling.kernel` and are stored; the other steps are deterministic.
+        device: where stored transitions, latents and images live; samples are made `micro_batch` at a time.
+    """
+    texts = [m["prompt"] for m in prompts]
+    cond = pipeline.encode(texts)
+    negative = pipeline.encode([sampling.negative_prompt]) if sampling.guidance != 1 else None
+    sigmas = pipeline.sigmas(sampling.steps, sampling.height, sampling.width)
+    shape = pipeline.latent_shape(sampling.height, sampling.width)
+    parts = []
+    for rows in torch.arange(len(texts)).split(micro_batch):
+        noise = generators(seeds[rows])
+        x = randn((len(rows), *shape), noise, cond.index.device)
+        parts.append([
+            t.to(device)
+            for t in _sample(pipeline, cond[rows], negative, x, sigmas, sampling, list(kept), noise)
+        ])  # fmt: skip
+    x0, images, states, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Rollout(
+        prompts=texts,
+        metadata=list(prompts),
+        group=group,
+        seeds=seeds,
+        cond=cond,
+        sigmas=sigmas,
+        kept=torch.tensor(list(kept), dtype=torch.long),
+        x0=x0,
+        images=images,
+        states=states if len(kept) else None,
+        log_probs=log_probs if len(kept) else None,
+    )
+
+
+def _sample(
+    pipeline: Pipeline,
+    cond: Conditioning,
+    negative: Conditioning | None,
+    x: Tensor,
+    sigmas: Tensor,
+    sampling: Sampling,
+    kept: list[int],
+    noise: list[torch.Generator],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One micro-batch: final latents, images, states [b, K, 2, ...] and log-probs [b, K]."""
+    denoiser = pipeline.denoiser(cond, sampling.guidance, negative)
+    states, log_probs = [], []
+    walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, frozenset(kept), noise)
+    for i, taken in enumerate(walk):
+        if i in kept:
+            states.append(torch.stack([x, taken.next], 1))
+            log_probs.append(taken.log_prob)
+        x = taken.next
+    empty = x.new_empty(len(x), 0)
+    kept_states = torch.stack(states, 1) if states else empty
+    kept_log_probs = torch.stack(log_probs, 1) if log_probs else empty
+    return x, pipeline.decode(x), kept_states, kept_log_probs

@@ -1,0 +1,308 @@
+"""The one training loop: rollout -> rewards -> advantages -> losses -> step, for every algorithm."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from diffalign import adapters, checkpoint, evaluation, pipelines, prompts, rewards
+from diffalign.advantages import group_advantages, weighted_sum
+from diffalign.algorithms import Algorithm
+from diffalign.config import Config, Sampling
+from diffalign.ema import EMA
+from diffalign.loading import save as save_config
+from diffalign.rollout import collect, sample_seed
+from diffalign.tracking import Tracker
+from diffalign.types import Conditioning, Denoiser, Rollout, UserError
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """The model as an algorithm sees it, with the sampling it was rolled out with; see :class:`algorithms.Policy`."""
+
+    pipeline: Any  # a Pipeline that adapters can work on
+    sampling: Sampling
+    negative: Conditioning | None
+
+    @property
+    def kernel(self) -> str:
+        return self.sampling.kernel
+
+    @property
+    def eta(self) -> float:
+        return self.sampling.eta
+
+    def denoiser(self, cond: Conditioning) -> Denoiser:
+        denoiser: Denoiser = self.pipeline.denoiser(cond, self.sampling.guidance, self.negative)
+        return denoiser
+
+    def reference(self) -> AbstractContextManager[None]:
+        return adapters.reference(self.pipeline)
+
+
+@dataclass
+class Run:
+    """Everything one training run holds."""
+
+    config: Config
+    folder: Path
+    accelerator: Accelerator
+    pipeline: Any
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    scorers: dict[str, rewards.Scorer]
+    eval_scorers: dict[str, rewards.Scorer]
+    tracker: Tracker
+    train_prompts: list[dict[str, Any]]
+    test_prompts: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int = 0
+
+
+def train(config: Config, resume: str | None = None) -> Path:
+    """Run to the last epoch and return the run folder. `resume` is 'auto' or a checkpoint folder.
+
+    Raises UserError for a folder that already holds a run, a checkpoint that does not fit, or gradients that are not
+    finite. On Ctrl-C the finished epochs are saved before the interrupt goes on.
+    """
+    run = prepare(config, resume)
+    try:
+        if run.epoch == 0:
+            held_out(run)
+        while run.epoch < config.trainer.epochs:
+            epoch(run)
+            last = run.epoch == config.trainer.epochs
+            if config.evaluation.every and (last or run.epoch % config.evaluation.every == 0):
+                held_out(run)
+            if last or (config.checkpoint.every and run.epoch % config.checkpoint.every == 0):
+                save(run)
+    except KeyboardInterrupt:
+        save(run)
+        run.tracker.say(f"interrupted after epoch {run.epoch}; continue with --resume auto")
+        raise
+    finally:
+        run.tracker.close()
+    if run.accelerator.is_main_process:
+        export(run)
+    run.accelerator.wait_for_everyone()
+    return run.folder
+
+
+def prepare(config: Config, resume: str | None) -> Run:
+    """Load the model, attach what is trained, restore a checkpoint."""
+    folder = Path(config.output)
+    start = find_checkpoint(folder, resume)
+    if config.model.dtype == "fp16":
+        raise UserError("model.dtype fp16 trains without loss scaling and its gradients underflow; use bf16 or fp32")
+    train_prompts = prompts.load(config.prompts.train)
+    test_prompts = prompts.load(config.prompts.test)[: config.evaluation.prompts] if config.prompts.test else []
+    accelerator = Accelerator(
+        cpu=config.model.device == "cpu", log_with=list(config.log_with) or None, project_dir=config.output
+    )
+    device = config.model.device or str(accelerator.device)
+    scorers = rewards.build(config.rewards, device)
+    same = {r.key: s for r, s in zip(config.rewards, scorers.values(), strict=True)}
+    eval_scorers = {
+        r.key: same[r.key] if r in config.rewards else rewards.build([r], device)[r.key]
+        for r in config.evaluation.rewards
+    }
+    pipeline: Any = pipelines.load(config.model.path, config.model.revision, config.model.dtype, device)
+    if config.adapter.name == "lora":
+        a = config.adapter
+        torch.manual_seed(config.seed)
+        adapters.add_lora(pipeline, a.rank, a.alpha, a.init, a.targets)
+    else:
+        adapters.add_full(pipeline, reference=config.algorithm.needs_reference)
+    parameters = {n: p for n, p in pipeline.network.named_parameters() if p.requires_grad}
+    t = config.trainer
+    optimizer = torch.optim.AdamW(parameters.values(), t.lr, t.betas, weight_decay=t.weight_decay)
+    ema = EMA(list(parameters.values()), t.ema) if t.ema else None
+    begun = checkpoint.load(start, parameters, optimizer, ema, config.model_dump(mode="json")) if start else 0
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    if config.log_with:
+        accelerator.init_trackers("diffalign", config={"run": config.output})
+    tracker = Tracker(accelerator, folder, t.epochs, begun)
+    return Run(
+        config, folder, accelerator, pipeline, parameters, optimizer, ema, scorers, eval_scorers, tracker,
+        train_prompts, test_prompts, begun,
+    )  # fmt: skip
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    found = checkpoint.finished(folder / "checkpoints")
+    if resume is None:
+        if (folder / "metrics.jsonl").exists():
+            raise UserError(f"'{folder}' already holds a run; continue it with --resume auto or choose another output")
+        return None
+    if resume == "auto":
+        return found[-1] if found else None
+    if not (Path(resume) / "meta.json").is_file():
+        known = f"; the last one here is {found[-1]}" if found else ""
+        raise UserError(f"'{resume}' is no checkpoint{known}")
+    return Path(resume)
+
+
+def epoch(run: Run) -> None:
+    """One rollout and one optimizer step."""
+    config, began = run.config, time.monotonic()
+    algorithm: Algorithm = config.algorithm
+    rollout, total = sample(run)
+    sampled = time.monotonic()
+    assert rollout.images is not None
+    rollout.rewards = rewards.score(
+        run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
+    )
+    values = advantages(run, rollout)
+    scored = time.monotonic()
+    values |= update(run, algorithm, rollout, total)
+    run.epoch += 1
+    now = time.monotonic()
+    values |= {
+        "seconds": now - began,
+        "seconds/rollout": sampled - began,
+        "seconds/reward": scored - sampled,
+        "seconds/train": now - scored,
+        "images_per_second": total / (now - began),
+    }
+    run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
+    shown = "  ".join(f"{name} {values[f'reward/{name}']:.3f}" for name in run.scorers)
+    run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {shown}  {now - began:.1f} s")
+
+
+def sample(run: Run) -> tuple[Rollout, int]:
+    """This process's share of the epoch's images, and how many there are over all processes."""
+    t, c = run.config.trainer, run.config
+    chosen = random.Random(f"prompts {c.seed} {run.epoch}").sample(range(len(run.train_prompts)), t.prompts)
+    pairs = [(p, j) for p in chosen for j in range(t.images_per_prompt)]
+    share = torch.arange(len(pairs)).tensor_split(run.accelerator.num_processes)[run.accelerator.process_index]
+    mine = [pairs[i] for i in share.tolist()]
+    rollout = collect(
+        run.pipeline,
+        [run.train_prompts[p] for p, _ in mine],
+        torch.tensor([p for p, _ in mine]),
+        torch.tensor([sample_seed(c.seed, run.epoch, p, j) for p, j in mine]),
+        c.sampling,
+        c.algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
+        t.micro_batch,
+        run.accelerator.device,
+    )
+    return rollout, len(pairs)
+
+
+def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
+    """Set the advantages from the rewards of all processes; returns what to log of them."""
+    a, weights = run.config.advantage, {name: s.reward.weight for name, s in run.scorers.items()}
+    mine = {"group": rollout.group.cpu(), **{name: r.cpu() for name, r in rollout.rewards.items()}}
+    parts: list[dict[str, Tensor]] = gather_object([mine])
+    every = {name: torch.cat([part[name] for part in parts]) for name in mine}
+    group = every.pop("group")
+    values = group_advantages(weighted_sum(every, weights), group, a.std, a.ddof, a.eps)
+    values = values.nan_to_num(0.0).clamp(-a.clip, a.clip)
+    first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
+    own = values[first : first + len(rollout)]
+    rollout.advantages = own.float().to(run.accelerator.device)
+    _, row = group.unique(return_inverse=True)
+    largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
+    logged = {"zero_advantage_groups": float((largest == 0).double().mean())}
+    for name, r in every.items():
+        valid = r[~r.isnan()].double()
+        logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": float(valid.std(correction=0))}
+    return logged
+
+
+def micro_batches(rows: Tensor, size: int) -> Iterator[Tensor]:
+    return iter(rows.split(size)) if len(rows) else iter(())
+
+
+def update(run: Run, algorithm: Algorithm, rollout: Rollout, total: int) -> dict[str, float]:
+    """Back-propagate every loss over this process's samples, sum gradients over processes, take one step."""
+    c = run.config
+    negative = run.pipeline.encode([c.sampling.negative_prompt]) if c.sampling.guidance != 1 else None
+    policy = TrainedPolicy(run.pipeline, c.sampling, negative)
+    rows = algorithm.trains_on(rollout).nonzero().flatten().cpu()
+    sums: dict[str, float] = {"trained": float(len(rows))}
+    for index in micro_batches(rows, c.trainer.micro_batch):
+        for loss in algorithm.losses(policy, rollout[index]):
+            value = loss.per_sample.sum() / total
+            value.backward()
+            for name, metric in {"loss": loss.per_sample.detach(), **loss.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(metric.sum())
+    reduce_gradients(run)
+    norm = float(nn.utils.clip_grad_norm_(run.parameters.values(), c.trainer.max_grad_norm))
+    if not norm < float("inf"):
+        raise UserError(
+            f"gradients of epoch {run.epoch + 1} are not finite, so it was not applied; resume from the last "
+            "checkpoint with a lower trainer.lr, or with model.dtype fp32"
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.update()
+    shared: list[dict[str, float]] = gather_object([sums])
+    trained = sum(part["trained"] for part in shared)
+    names = dict.fromkeys(name for part in shared for name in part if name != "trained")
+    logged = {name: sum(part.get(name, 0.0) for part in shared) / max(trained, 1.0) for name in names}
+    return logged | {"grad_norm": norm, "trained_images": trained}
+
+
+@torch.no_grad()
+def reduce_gradients(run: Run) -> None:
+    """Sum over processes in one message. By hand, because a process may have nothing to back-propagate."""
+    for p in run.parameters.values():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if run.accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
+    flat: Tensor = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def held_out(run: Run) -> None:
+    """Score the test prompts with the averaged weights; epoch 0 is the model before training."""
+    c, began = run.config, time.monotonic()
+    if not c.evaluation.every:
+        return
+    with run.ema.applied() if run.ema is not None else nullcontext():
+        samples, images = evaluation.evaluate(
+            run.pipeline, run.test_prompts, c.evaluation.images_per_prompt, c.evaluation_sampling, run.eval_scorers,
+            c.seed, c.trainer.micro_batch, run.accelerator,
+        )  # fmt: skip
+    if run.accelerator.is_main_process:
+        evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
+    values = evaluation.means(samples)
+    run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
+    shown = "  ".join(f"{name} {values[f'reward/{name}']:.3f}" for name in run.eval_scorers)
+    run.tracker.say(f"held-out, epoch {run.epoch}: {shown}")
+
+
+def save(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        config = run.config.model_dump(mode="json")
+        keep = run.config.checkpoint.keep
+        folder = run.folder / "checkpoints"
+        checkpoint.save(folder, run.epoch, run.parameters, run.optimizer, run.ema, config, keep)
+
+
+def export(run: Run) -> None:
+    """What others load: a diffusers LoRA or a diffusers folder, of the averaged weights when there are any."""
+    shadow = dict(zip(run.parameters, run.ema.shadow, strict=True)) if run.ema is not None else None
+    if run.config.adapter.name == "lora":
+        adapters.export_lora(run.pipeline, run.folder / "lora", state=shadow)
+        if shadow is not None:
+            adapters.export_lora(run.pipeline, run.folder / "lora_live")
+    else:
+        adapters.export_full(run.pipeline, run.folder / "model", state=shadow)

@@ -1,0 +1,1 @@
+"""Evaluation: decision logic, statistics and the report page. Nothing here imports an algorithm."""

@@ -1,0 +1,130 @@
+"""Loading a model by name. One file per family: SERVES lists the diffusers classes it serves, wrap() wraps one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from fnmatch import fnmatch
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from diffalign.types import UserError
+
+if TYPE_CHECKING:
+    from diffalign.types import Pipeline
+
+DTYPES = ("fp32", "bf16", "fp16")
+SIDECAR = "diffalign.json"  # what a folder exported by this library remembers beyond the diffusers format
+
+
+def embedded_names() -> list[str]:
+    """Names of the models that ship with the package."""
+    root = Path(str(files("diffalign.shapes"))) / "weights"
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+
+
+def embedded_path(name: str) -> Path:
+    """Folder of the embedded model `name`, such as 'tiny-sd3'. Raises UserError for an unknown name."""
+    if name not in embedded_names():
+        known = ", ".join(embedded_names()) or "none in this installation"
+        raise UserError(f"'{name}' is not an embedded model; embedded models: {known}")
+    return Path(str(files("diffalign.shapes"))) / "weights" / name
+
+
+def family(class_name: Any) -> ModuleType:
+    """The module here that serves a diffusers pipeline class; an exact name wins over a pattern such as '*'."""
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    served = [(pattern, module) for module in modules for pattern in module.SERVES]
+    for pattern, module in sorted(served, key=lambda entry: "*" in entry[0]):
+        if fnmatch(str(class_name), pattern):
+            return module
+    known = ", ".join(sorted(pattern for pattern, _ in served))
+    raise UserError(f"no adapter for a {class_name}; use a model of one of these diffusers classes: {known}")
+
+
+def load(
+    path: str | Path,
+    revision: str | None = None,
+    dtype: str = "fp32",
+    device: str | None = None,
+    max_sequence_length: int | None = None,
+) -> Pipeline:
+    """Load an embedded model ('tiny-sd3'), a diffusers folder or a hub id, and wrap it for its family.
+
+    Args:
+        revision: branch, tag or commit of a hub id.
+        dtype: 'fp32', 'bf16' or 'fp16': storage of the frozen weights and precision of the network's forward.
+        device: 'cpu', 'cuda', 'cuda:1' ...; by default the GPU when there is one.
+        max_sequence_length: T5 tokens of the prompt. By default what diffusers uses (256 for SD3), but 0 for an
+            embedded model, which has no T5, and for a folder exported from one.
+
+    Raises UserError when the model cannot be found, reached, read or is of an unknown family.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+    source, local = _locate(str(path))
+    if local and revision is not None:
+        raise UserError(f"revision '{revision}' applies to hub ids only, and '{path}' is on this machine; leave it out")
+    if max_sequence_length is None and local:
+        max_sequence_length = _remembered(Path(source), str(path) in embedded_names())
+    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{device}' needs a GPU and PyTorch sees none; set device: cpu")
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    try:
+        config = DiffusionPipeline.load_config(source, revision=revision)
+    except Exception as error:  # the hub client raises many kinds, none of which the user should meet as a traceback
+        raise UserError(_unreadable(path, local, error)) from error
+    if "_class_name" not in config:
+        raise UserError(f"model_index.json of '{path}' names no _class_name; save the model with save_pretrained")
+    module = family(config["_class_name"])
+    try:
+        # The VAE stays in fp32: it decodes the images that are rewarded.
+        dtypes: Any = {"default": torch_dtype, "vae": torch.float32}
+        # A part saved as null, such as the T5 of an SD3 without it, must be passed as None.
+        absent: Any = {name: None for name, part in config.items() if part == [None, None]}
+        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtypes, **absent)
+    except Exception as error:
+        raise UserError(_unreadable(path, local, error)) from error
+    wrapped: Pipeline = module.wrap(pipe, torch_dtype, chosen, max_sequence_length, source=(source, revision))
+    return wrapped
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """'owner/name': what may be asked of the hub when no such folder exists."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
+
+
+def _locate(path: str) -> tuple[str, bool]:
+    """(folder or hub id, is it on this machine)."""
+    if path in embedded_names():
+        return str(embedded_path(path)), True
+    if Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser()), True
+    if not looks_like_hub_id(path):
+        known = ", ".join(embedded_names())
+        raise UserError(f"model folder '{path}' does not exist; give a folder, a hub id or an embedded name ({known})")
+    return path, False
+
+
+def _remembered(folder: Path, embedded: bool) -> int | None:
+    note = folder / SIDECAR
+    if note.is_file():
+        return int(json.loads(note.read_text())["max_sequence_length"])
+    return 0 if embedded else None
+
+
+def _unreadable(path: str | Path, local: bool, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    fix = (
+        "the folder must be complete, as save_pretrained writes it"
+        if local
+        else "check the name and the network, or run `hf auth login` for a gated model"
+    )
+    return f"cannot load model '{path}': {reason}; {fix}"

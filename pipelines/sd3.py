@@ -1,0 +1,241 @@
+"""Stable Diffusion 3 and 3.5: a diffusers StableDiffusion3Pipeline as samplers and trainers see it (arXiv 2403.03206).
+
+The network predicts the velocity v = eps - x0 of x_s = (1 - s) x0 + s eps and is told the time as 1000 s. The
+deterministic path equals `StableDiffusion3Pipeline.__call__`: same sigmas, same time, same guidance, same decode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+
+from diffalign.schedules import RectifiedFlow
+from diffalign.types import Conditioning, UserError
+
+SERVES = ("StableDiffusion3Pipeline",)
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODE_BATCH = 32
+
+# Flow-GRPO (arXiv 2505.05470): the joint attention alone. "attn.to_q" does not end the name "attn2.to_q", so the
+# second, image-only attention of SD3.5-medium's first 13 blocks stays frozen, as in the paper's code.
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
+
+def wrap(
+    pipe: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_sequence_length: int | None,
+    source: tuple[str, str | None] | None = None,
+) -> SD3:
+    return SD3(pipe, dtype, device, 256 if max_sequence_length is None else max_sequence_length, source)
+
+
+def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Frozen, in eval mode, on the device; cast only when needed, since diffusers warns of a cast after loading."""
+    model = model.requires_grad_(False).eval().to(device)
+    return model if model.dtype == dtype else model.to(dtype)
+
+
+class SD3:
+    """A StableDiffusion3Pipeline with frozen weights. Latents are [B, C, H/8, W/8], scaled and shifted for the network.
+
+    Args:
+        pipe: the diffusers pipeline; `text_encoder_3` (T5) may be None.
+        dtype: bf16 or fp16 casts the frozen network and runs it under autocast; step maths stays fp32.
+        max_sequence_length: T5 tokens of a prompt. Without T5, diffusers appends so many zero tokens; 0 is allowed.
+        source: (path, revision) the pipeline was loaded from; an export reads released text encoders from it.
+    """
+
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+    def __init__(
+        self,
+        pipe: Any,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_sequence_length: int = 256,
+        source: tuple[str, str | None] | None = None,
+    ) -> None:
+        if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            name = type(pipe.scheduler).__name__
+            raise UserError(f"the scheduler is a {name}; SD3 needs the FlowMatchEulerDiscreteScheduler it came with")
+        least, most = (0 if pipe.text_encoder_3 is None else 1), 512
+        if not least <= max_sequence_length <= most:
+            raise UserError(f"max_sequence_length must be {least} to {most} for this model, got {max_sequence_length}")
+        self.pipe = pipe
+        self.schedule = RectifiedFlow()
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.max_sequence_length = max_sequence_length
+        self.source = source
+        self.decode_batch = 8  # images a VAE forward decodes: a memory knob
+        self.network: Any = _placed(pipe.transformer, self.device, dtype)  # never wrapped
+        self.trainable: torch.nn.Module = self.network  # what is called; a trainer may put its wrapped form here
+        self.frozen: torch.nn.Module | None = None  # initial weights of a full fine-tuning; see diffalign.adapters
+        _placed(pipe.vae, self.device, torch.float32)
+        for encoder in self._encoders().values():
+            encoder.requires_grad_(False).eval().to(self.device)
+        self._empty: Conditioning | None = None  # the empty prompt: guidance needs it after the encoders are gone
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Each unique prompt once: 'embeds' [U, L, D], 'pooled' [U, P], index [B]. Raises UserError for no prompts."""
+        if not prompts:
+            raise UserError("there are no prompts to encode; give at least one")
+        unique = list(dict.fromkeys(prompts))
+        self._empty_prompt()
+        chunks = [self._encode(unique[i : i + ENCODE_BATCH]) for i in range(0, len(unique), ENCODE_BATCH)]
+        tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        where = {prompt: row for row, prompt in enumerate(unique)}
+        return Conditioning(tensors, torch.tensor([where[prompt] for prompt in prompts]))
+
+    def _empty_prompt(self) -> Conditioning:
+        # Encoded alone: its last bits must not depend on the batch that happened to come first, or a resumed run differs.
+        if self._empty is None:
+            self._empty = Conditioning(self._encode([""]), torch.zeros(1, dtype=torch.long))
+        return self._empty
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        if self.pipe.text_encoder is None or self.pipe.text_encoder_2 is None:
+            raise UserError("the text encoders were released; encode every prompt before release_encoders()")
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.pipe.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"embeds": embeds.to(self.device), "pooled": pooled.to(self.device)}
+
+    def _encoders(self) -> dict[str, torch.nn.Module]:
+        return {name: e for name in ENCODERS if (e := self.pipe.components[name]) is not None}
+
+    def encoders_to(self, device: torch.device | str) -> None:
+        """Move the text encoders; `encode` runs where they are and returns tensors on the pipeline's device."""
+        for encoder in self._encoders().values():
+            encoder.to(device)
+
+    def release_encoders(self) -> None:
+        """Drop the text encoders and free their memory; encode the empty prompt first, for guidance."""
+        self._empty_prompt()
+        self.pipe.register_modules(**dict.fromkeys(ENCODERS))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(C, height / f, width / f). Raises UserError for a size that the network cannot patch."""
+        config, factor = self.pipe.transformer.config, self.pipe.vae_scale_factor
+        unit, most = factor * config.patch_size, factor * config.patch_size * config.pos_embed_max_size
+        if min(height, width) < unit or height % unit or width % unit or max(height, width) > most:
+            raise UserError(f"height and width must be multiples of {unit} up to {most}, got {height} x {width}")
+        return config.in_channels, height // factor, width // factor
+
+    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
+        """[steps + 1] fp32, last 0: exactly those of the model's own scheduler, dynamic shifting included."""
+        if steps < 1:
+            raise UserError(f"sampling needs at least one step, got {steps}")
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        config, patch = scheduler.config, self.pipe.transformer.config.patch_size
+        mu = None
+        if config.use_dynamic_shifting:
+            _, h, w = self.latent_shape(height, width)
+            span = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+            mu = calculate_shift((h // patch) * (w // patch), *span)
+        scheduler.set_timesteps(steps, mu=mu)
+        sigmas: Tensor = scheduler.sigmas
+        return sigmas
+
+    def denoiser(self, cond: Conditioning, guidance: float = 1.0, negative: Conditioning | None = None) -> SD3Denoiser:
+        """Denoiser of len(cond) samples. guidance 1 is off; above 1 it doubles the batch as diffusers does.
+
+        `negative` has one row for all samples or one each; by default the empty prompt.
+        """
+        if guidance < 1:
+            raise UserError(f"guidance must be at least 1 (1 turns it off), got {guidance}")
+        if guidance == 1:
+            return SD3Denoiser(self, len(cond), self._rows(cond), 1.0)
+        if negative is None:
+            negative = self._empty_prompt()
+        if len(negative) == 1:
+            negative = negative[torch.zeros(len(cond), dtype=torch.long)]
+        if len(negative) != len(cond):
+            raise UserError(f"{len(negative)} negative prompts for {len(cond)} prompts; give one, or one each")
+        wanted, unwanted = self._rows(cond), self._rows(negative)
+        rows = {name: torch.cat([unwanted[name], wanted[name]]) for name in wanted}
+        return SD3Denoiser(self, len(cond), rows, guidance)
+
+    def _rows(self, cond: Conditioning) -> dict[str, Tensor]:
+        return {name: t.to(self.device) for name, t in cond.rows().items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, H, W] fp32 in [0, 1]; gradients flow when enabled."""
+        vae = self.pipe.vae
+        z = latents.to(self.device, torch.float32) / vae.config.scaling_factor + vae.config.shift_factor
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.split(self.decode_batch)])
+        return (images * 0.5 + 0.5).clamp(0, 1)
+
+    def compile_blocks(self) -> None:
+        """Regional torch.compile: one graph shared by all transformer blocks. Add adapters first."""
+        for block in self.pipe.transformer.transformer_blocks:
+            block.compile()
+
+
+@dataclass(frozen=True)
+class SD3Denoiser:
+    """predict(x, s) for one batch of prompts; calls `pipeline.trainable`, so that switched adapters take effect."""
+
+    pipeline: SD3
+    batch: int
+    rows: dict[str, Tensor]  # 'embeds', 'pooled': [B, ...], or [2 B, ...] as [negative, positive] when guided
+    guidance: float
+
+    @property
+    def schedule(self) -> RectifiedFlow:
+        return self.pipeline.schedule
+
+    def predict(self, x: Tensor, s: Tensor | float) -> tuple[Tensor, Tensor]:
+        """x [B, C, h, w], s scalar or [B] -> (x0, eps), fp32 (float64 for a float64 x).
+
+        v = v_u + g (v_c - v_u) from one forward of [negative, positive].
+        """
+        if len(x) != self.batch:
+            raise ValueError(f"{len(x)} latents for the {self.batch} prompts of this denoiser")
+        copies = 1 if self.guidance == 1 else 2
+        # diffusers multiplies in fp32, and the network's sinusoid sees every bit of it
+        time = 1000 * torch.as_tensor(s).to(x.device, torch.float32).expand(len(x))
+        with self.pipeline.autocast():
+            output = self.pipeline.trainable(
+                hidden_states=x.float().repeat(copies, 1, 1, 1),
+                timestep=time.repeat(copies),
+                encoder_hidden_states=self.rows["embeds"],
+                pooled_projections=self.rows["pooled"],
+                return_dict=False,
+            )[0]
+        v = output.to(torch.promote_types(x.dtype, torch.float32))
+        if copies == 2:
+            unguided, guided = v.chunk(2)
+            v = unguided + self.guidance * (guided - unguided)
+        return self.schedule.to_x0_eps(v, x.to(v.dtype), s)
