@@ -198,4 +198,4 @@ def schema() -> dict[str, Any]:
         definitions[base.__name__] = {"anyOf": choices[base.__name__]}
     for key in ("model", "advantage", "adapter"):
         out["properties"][key] = {"anyOf": [out["properties"][key], {"type": "string"}]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "diffalign run", **out}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **out, "title": "diffalign run"}

@@ -90,9 +90,8 @@ def chart(
     parts.append(f'<line class="axis" x1="{left}" x2="{width - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
     parts.append(f'<text class="tick" x="{width - RIGHT}" y="{height - 3}" text-anchor="end">{escape(x_label)}</text>')
     if reference is not None:
-        parts.append(
-            f'<line class="reference" x1="{left}" x2="{width - RIGHT}" y1="{py(reference):.1f}" y2="{py(reference):.1f}"/>'
-        )
+        y = py(reference)
+        parts.append(f'<line class="reference" x1="{left}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     for s in series:
         parts += _draw(
             s,

@@ -20,7 +20,7 @@ def main_result(run: Run) -> Paired | None:
 
 
 def compare(base: Evaluation, final: Evaluation, metric: str, tag: str | None = None) -> Paired | None:
-    """final - base over prompts, each the mean of the images that both evaluations scored; None without such a prompt."""
+    """final - base over prompts, each the mean of the images that both evaluations scored; None without any."""
     before = {(s.prompt, s.seed): s.score(metric) for s in base.samples if tag in (None, s.tag)}
     pairs: dict[str, list[tuple[float, float]]] = {}
     for s in final.samples:

@@ -30,8 +30,9 @@ HEALTH = {
     "kl": "KL to the reference",
     "grad_norm": "Gradient norm",
     "logp_gap": "Log-prob gap, training against rollout",
+    "zero_advantage_groups": "Prompts whose images all score alike",
+    "trained_images": "Images trained on",
 }
-NOT_CHARTED = {"epoch", "phase", "seconds", "images_per_second"}
 
 
 def write(run_folder: Path | str) -> Path:
@@ -131,8 +132,12 @@ def _page(run: Run) -> dict[str, Any]:
     }
 
 
+def _timing(key: str) -> bool:
+    return key in ("epoch", "seconds", "images_per_second") or key.startswith("seconds/")
+
+
 def _keys(run: Run) -> list[str]:
-    numeric = (k for line in run.train for k, v in line.items() if isinstance(v, int | float) and k not in NOT_CHARTED)
+    numeric = (k for line in run.train for k, v in line.items() if isinstance(v, int | float) and not _timing(k))
     return list(dict.fromkeys(numeric))
 
 

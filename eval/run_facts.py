@@ -51,6 +51,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     seconds, images = seconds_spent(run), images_sampled(run)
     if seconds is not None:
         found.append(("Training time", duration(seconds)))
+    for part in dict.fromkeys(key for line in run.train for key in line if key.startswith("seconds/")):
+        share = sum(v for v in run.column(part) if math.isfinite(v))
+        found.append((f"of it {part.removeprefix('seconds/')}", duration(share)))
     spent = [e.seconds for e in run.evaluations if e.seconds is not None]
     if spent:
         found.append((f"Evaluation time, {len(spent)} times", duration(sum(spent))))

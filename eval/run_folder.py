@@ -65,9 +65,11 @@ class Run:
         return self.evaluations[-1] if len(self.evaluations) > 1 else None
 
     def images(self, evaluation: Evaluation) -> dict[int, Path]:
-        """Sample index -> its PNG, for the samples that have one."""
+        """Sample index -> its PNG; file k shows the first image of prompt k, the samples list all images of a prompt."""
         folder = self.path / "images" / f"eval_{evaluation.epoch:04d}"
-        return {int(p.stem): p for p in sorted(folder.glob("*.png")) if p.stem.isdigit()}
+        each = int((self.config.get("evaluation") or {}).get("images_per_prompt", 1))
+        found = {int(p.stem) * each: p for p in sorted(folder.glob("*.png")) if p.stem.isdigit()}
+        return {i: p for i, p in found.items() if i < len(evaluation.samples)}
 
     def grid(self, evaluation: Evaluation) -> Path | None:
         path = self.path / "images" / f"eval_{evaluation.epoch:04d}.png"

@@ -92,6 +92,7 @@ def load(
         pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtypes, **absent)
     except Exception as error:
         raise UserError(_unreadable(path, local, error)) from error
+    _check_tokenizers(path, pipe)
     wrapped: Pipeline = module.wrap(pipe, torch_dtype, chosen, max_sequence_length, source=(source, revision))
     return wrapped
 
@@ -118,6 +119,20 @@ def _remembered(folder: Path, embedded: bool) -> int | None:
     if note.is_file():
         return int(json.loads(note.read_text())["max_sequence_length"])
     return 0 if embedded else None
+
+
+def _check_tokenizers(path: str | Path, pipe: Any) -> None:
+    # transformers gives a tokenizer without its files a vocabulary of special tokens, and every prompt would look alike
+    for name, part in pipe.components.items():
+        encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+        if not name.startswith("tokenizer") or part is None or encoder is None:
+            continue
+        words, known = encoder.config.get_text_config().vocab_size, len(part)
+        if 2 * known < words:
+            raise UserError(
+                f"cannot load model '{path}': its {name} knows {known} of the text encoder's {words} tokens; "
+                f"put the vocabulary (tokenizer.json, or vocab.json and merges.txt) into its folder {name}"
+            )
 
 
 def _unreadable(path: str | Path, local: bool, error: Exception) -> str:

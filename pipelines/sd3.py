@@ -108,7 +108,7 @@ class SD3:
         return Conditioning(tensors, torch.tensor([where[prompt] for prompt in prompts]))
 
     def _empty_prompt(self) -> Conditioning:
-        # Encoded alone: its last bits must not depend on the batch that happened to come first, or a resumed run differs.
+        # Encoded alone: were its last bits to depend on the prompts beside it, a resumed run would differ.
         if self._empty is None:
             self._empty = Conditioning(self._encode([""]), torch.zeros(1, dtype=torch.long))
         return self._empty

@@ -10,34 +10,11 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
+from benchmarks.rollout import LARGE, MEDIUM
 from diffalign import adapters, pipelines
 from diffalign.pipelines.sd3 import LORA_TARGETS, SD3
 from diffalign.samplers import denoise, drain
 from diffalign.types import UserError
-
-# transformer/config.json of stabilityai/stable-diffusion-3.5-medium and -large
-MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-LARGE = MEDIUM | {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "dual_attention_layers": (),
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +27,7 @@ def ours(folder: Path, dtype: str = "fp32") -> SD3:
 
 
 def theirs(folder: Path) -> StableDiffusion3Pipeline:
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
 
 
 def shaken(pipe: SD3, std: float = 0.3) -> SD3:
@@ -81,6 +56,7 @@ def images(pipe: SD3) -> torch.Tensor:
 def native_images(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
     size = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 0}
     prompts = ["a red circle", "a star"]
+    pipe.set_progress_bar_config(disable=True)
     return pipe(prompts, latents=noise(), guidance_scale=2.0, output_type="pt", **size).images
 
 
@@ -94,8 +70,9 @@ def test_a_new_lora_changes_nothing_and_trains_in_fp32(folder: Path, dtype: str)
     assert len(trained) == 2 * (2 * len(LORA_TARGETS) - 1) and {p.dtype for p in trained} == {torch.float32}
     assert set(adapters.trainable_state(pipe)) == {n for n, _ in pipe.network.named_parameters() if ".lora_" in n}
     pipe.denoiser(pipe.encode(["a"] * 2)).predict(noise(), 0.5)[0].square().mean().backward()
-    moved = [p for n, p in pipe.network.named_parameters() if ".lora_B." in n and p.grad.abs().sum() > 0]
-    assert len(moved) == len(trained) // 2
+    still = {n for n, p in pipe.network.named_parameters() if ".lora_B." in n and not p.grad.abs().sum() > 0}
+    # the last block puts out no text, so nothing depends on what its text asks for
+    assert still == {"transformer_blocks.1.attn.add_q_proj.lora_B.default.weight"}
     assert (predict(shaken(pipe)) - base).abs().max() > 1e-2
 
 
@@ -202,12 +179,13 @@ def test_full_fine_tuning_and_its_reference(folder: Path, dtype: str) -> None:
 
 def test_exported_lora_gives_the_same_images_in_diffusers(folder: Path, tmp_path: Path) -> None:
     pipe = ours(folder)
-    base = images(pipe)
+    base = native_images(pipe.pipe)
     adapters.add_lora(pipe, rank=4, alpha=10)
     shaken(pipe)
     adapters.add_lora(pipe, rank=2, alpha=2, name="other")  # must not leak into the file
     pipe.network.set_adapter("default")
-    live = images(pipe)
+    live = native_images(pipe.pipe)
+    torch.testing.assert_close(images(pipe), live, atol=1e-5, rtol=0)
     file = adapters.export_lora(pipe, tmp_path / "lora")
     assert [p.name for p in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"] == [file.name]
     assert {t.dtype for t in load_file(file).values()} == {torch.float32}
@@ -223,10 +201,10 @@ def test_exported_lora_gives_the_same_images_in_diffusers(folder: Path, tmp_path
     native.load_lora_weights(tmp_path / "lora")
     averaged = native_images(native)
     assert (averaged - live).abs().max() > 1e-3
-    assert torch.equal(images(pipe), live)  # exporting other weights leaves the live ones alone
+    assert torch.equal(native_images(pipe.pipe), live)  # exporting other weights leaves the live ones alone
     for p in adapters.trainable_parameters(pipe):
         p.data *= 0.5
-    torch.testing.assert_close(averaged, images(pipe), atol=1e-6, rtol=0)
+    torch.testing.assert_close(averaged, native_images(pipe.pipe), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="not those of adapter"):
         adapters.export_lora(pipe, tmp_path / "lora", state=dict(list(ema.items())[:3]))
 
@@ -286,13 +264,13 @@ def test_exported_model_is_a_diffusers_folder(folder: Path, tmp_path: Path) -> N
     pipe = ours(folder)
     adapters.add_full(pipe)
     shaken(pipe, 0.1)
-    live = images(pipe)
+    live, live_native = images(pipe), native_images(pipe.pipe)
     pipe.release_encoders()  # the export reads them again from the source
     target = tmp_path / "out" / "model"
     for _ in range(2):  # replaces what is there
         adapters.export_full(pipe, target)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
-    torch.testing.assert_close(native_images(theirs(target)), live, atol=1e-6, rtol=0)
+    torch.testing.assert_close(native_images(theirs(target)), live_native, atol=1e-6, rtol=0)
     again = pipelines.load(target, device="cpu")
     assert again.max_sequence_length == 0  # remembered, though 256 is the default
     assert torch.equal(images(again), live)

@@ -147,7 +147,7 @@ def test_decode_is_the_same_in_chunks(folder: Path) -> None:
     with torch.no_grad():
         whole = pipe.decode(latents)
         pipe.decode_batch = 2
-        torch.testing.assert_close(pipe.decode(latents), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pipe.decode(latents), whole, atol=1e-5, rtol=0)
     assert whole.shape == (5, 3, 64, 64) and whole.dtype == torch.float32
     assert whole.min() >= 0 and whole.max() <= 1
     latents.requires_grad_()
@@ -254,6 +254,8 @@ def test_loading_errors_are_one_sentence(folder: Path, tmp_path: Path, monkeypat
     shutil.copytree(folder, broken)
     for file in (broken / "tokenizer").iterdir():
         file.unlink()
+    fails(broken, "its tokenizer knows . of the text encoder's .* put the vocabulary")
+    shutil.rmtree(broken / "transformer")
     fails(broken, "cannot load model .* the folder must be complete")
     index = broken / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "SomeOtherPipeline"))

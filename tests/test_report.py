@@ -54,13 +54,13 @@ def make_run(
     (folder / "eval").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
     lines = []
-    for epoch in range(epochs):
+    for epoch in range(1, epochs + 1):
         x = epoch / 30
         lines.append({
             "epoch": epoch, "phase": "train", "reward/geneval": 0.55 + 0.35 * x + rng.gauss(0, 0.03),
             "reward/geneval_std": 0.4 - 0.15 * x, "reward/jpeg": -1.2 - 0.1 * x + rng.gauss(0, 0.01),
             "loss": rng.gauss(0, 1e-5), "ratio": 1 + rng.gauss(0, 2e-6), "clip_fraction": 0.3 * x, "kl": 0.002 * x**2,
-            "logp_gap": 1e-6 * rng.random(), "grad_norm": 0.1 + 0.02 * rng.random(), "seconds": 9.5,
+            "logp_gap": 1e-6 * rng.random(), "grad_norm": 0.1 + 0.02 * rng.random(), "seconds": 9.5, "seconds/rollout": 3.5, "zero_advantage_groups": 0.1,
             "images_per_second": 13.4,
         })  # fmt: skip
     for epoch in evaluated:
@@ -85,8 +85,8 @@ def write_evaluation(
         pictures.append(np.clip(picture + noise.normal(0, 2, picture.shape), 0, 255).astype(np.uint8))
         scores = {"geneval": float(right), "jpeg": -1.2 - luck[i] / 5}
         samples.append({"prompt": prompt, "tag": tag, "seed": 1000 + i, "scores": scores})
-        if i < 24:
-            Image.fromarray(pictures[-1]).save(singles / f"{i:03d}.png")
+        if i % 2 == 0 and i < 48:  # the first image of each of the first 24 prompts
+            Image.fromarray(pictures[-1]).save(singles / f"{i // 2:03d}.png")
     Image.fromarray(np.vstack([np.hstack(pictures[r : r + 8]) for r in range(0, 24, 8)])).save(
         folder / "images" / f"eval_{epoch:04d}.png"
     )
@@ -152,13 +152,15 @@ def test_hostile_text_stays_text(page: Page) -> None:
 def test_pairs_show_the_first_samples_of_both_evaluations(page: Page, run: Path) -> None:
     images = page.all("img")
     assert len(images) == 2 * 24
-    first = read(run).evaluations[0].samples[0]
-    assert images[0]["alt"] == f"{first.prompt} (base, seed {first.seed})"
-    assert images[1]["alt"] == f"{first.prompt} (epoch 30, seed {first.seed})"
-    assert images[0]["src"] == report.uri(run / "images" / "eval_0000" / "000.png")
+    for prompt in 0, 1, 23:
+        sample = read(run).evaluations[0].samples[2 * prompt]
+        for k, (epoch, name) in enumerate([(0, "base"), (30, "epoch 30")]):
+            image = images[2 * prompt + k]
+            assert image["alt"] == f"{sample.prompt} ({name}, seed {sample.seed})"
+            assert image["src"] == report.uri(run / "images" / f"eval_{epoch:04d}" / f"{prompt:03d}.png")
     marks = [a["title"] for a in page.all("span") if "title" in a and str(a["title"]).startswith("geneval")]
     base, final = read(run).evaluations[0], read(run).evaluations[-1]
-    pairs = zip(base.samples[:24], final.samples[:24], strict=True)
+    pairs = zip(base.samples[:48:2], final.samples[:48:2], strict=True)
     shown = [sample.score("geneval") for pair in pairs for sample in pair]
     assert marks == [f"geneval = {value:.3f}" for value in shown]
 
@@ -197,10 +199,16 @@ def test_different_settings_of_one_reward_are_told_apart(page: Page) -> None:
     assert "trained on (mode dense)" in page.text
 
 
+def test_time_is_told_and_not_charted(page: Page) -> None:
+    assert "of it rollout" in page.text and "1 min 45 s" in page.text  # 30 epochs of 3.5 s
+    assert not any("seconds" in str(a.get("aria-label")) for a in page.all("svg"))
+
+
 def test_curves_exist_for_rewards_and_health(page: Page) -> None:
     labels = [a["aria-label"] for a in page.all("svg") if "aria-label" in a]
     assert labels[:2] == ["geneval by epoch", "jpeg by epoch"]
-    for name in [*report.HEALTH.values(), "Spread of geneval (std)"]:
+    logged = [name for key, name in report.HEALTH.items() if key != "trained_images"]
+    for name in [*logged, "Spread of geneval (std)"]:
         assert f"{name} by epoch" in labels
 
 
@@ -261,10 +269,10 @@ def test_scores_that_do_not_apply_are_left_out(tmp_path: Path) -> None:
 def test_a_resumed_and_a_cut_off_log_are_read(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", epochs=3)
     log = run / "metrics.jsonl"
-    again = {"epoch": 2, "phase": "train", "seconds": 100.0, "reward/geneval": 0.7}
-    log.write_text(log.read_text() + json.dumps(again) + "\n" + '{"epoch": 3, "pha')
+    again = {"epoch": 3, "phase": "train", "seconds": 100.0, "reward/geneval": 0.7}
+    log.write_text(log.read_text() + json.dumps(again) + "\n" + '{"epoch": 4, "pha')
     assert read(run).column("seconds") == [9.5, 9.5, 100.0]
-    log.write_text('{"epoch": 3, "pha\n' + log.read_text())
+    log.write_text('{"epoch": 4, "pha\n' + log.read_text())
     with pytest.raises(UserError, match=r"metrics.jsonl:1 is not a metrics line"):
         report.write(run)
 

@@ -27,16 +27,16 @@ from diffalign.shapes.world import BACKGROUND, COLORS, SHAPES, _polygon
 
 MIN_AREA = 12.0  # px of coverage
 FOREGROUND = 70.0  # distance from the background in RGB; a pixel beyond it belongs to a component
-COLOR_TOLERANCE = 36.0  # distance from a colour in RGB; the nearest two, orange and yellow, are 83 apart
+COLOR_TOLERANCE, RIM_TOLERANCE = 36.0, 55.0  # distance from a colour in RGB; the nearest two, orange and yellow, are 83 apart
 PURITY = 0.85  # share of a component's pixels that must lie within the tolerance
-MIN_IOU = {"circle": 0.94, "square": 0.91, "triangle": 0.88, "star": 0.82}  # blur eats corners, and a circle has none
+MIN_IOU = {"circle": 0.94, "square": 0.91, "triangle": 0.89, "star": 0.84}  # blur eats corners, and a circle has none
 MARGIN = 0.03  # over the second best shape
-WIDTHS = (1.0, 1.6, 2.2, 3.0)  # px; blur as the width of a box, the pixel itself being 1
 
 _NAMES = tuple(COLORS)
 _LINES = np.array(list(COLORS.values()), np.float32) - np.array(BACKGROUND, np.float32)  # [6, 3]
 _LENGTH = np.linalg.norm(_LINES, axis=1)
 _UNIT = 240  # radius of the shape in its table, cells
+_BLUR, _OTHER_BLURS = 2.2, np.array([1.0, 1.6, 3.0])  # px: widths of a box, the pixel itself being 1
 _HALF = 256  # the table covers -_HALF .. _HALF around the centre
 
 
@@ -48,104 +48,115 @@ class Detection:
     score: float  # soft IoU with the best shape, in [0, 1]
 
 
-@dataclass(frozen=True)
-class _Template:
-    table: np.ndarray  # [2 _HALF + 1, 2 _HALF + 1]; [i, j] = cells of the shape above row i and left of column j
-    area: float  # at radius 1
-    box: np.ndarray  # x0, y0, x1, y1 at radius 1
-
-
 @cache
-def _template(shape: str) -> _Template:
-    image = Image.new("L", (2 * _HALF, 2 * _HALF))
-    draw = ImageDraw.Draw(image)
-    if shape == "circle":
-        r = 0.88 * _UNIT
-        draw.ellipse((_HALF - r, _HALF - r, _HALF + r, _HALF + r), fill=1)
-    else:
-        draw.polygon(_polygon(shape, _HALF, _HALF, _UNIT), fill=1)
-    mask = np.asarray(image)
-    table = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0))).astype(np.float32)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    return _Template(table, mask.sum() / _UNIT**2, (box - _HALF) / _UNIT)
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tables [4, 513, 513] (entry i, j: cells of the shape above row i and left of column j), areas [4] and boxes [4, 4]
+    at radius 1."""
+    tables, areas, boxes = [], [], []
+    for shape in SHAPES:
+        image = Image.new("L", (2 * _HALF, 2 * _HALF))
+        draw = ImageDraw.Draw(image)
+        if shape == "circle":
+            r = 0.88 * _UNIT  # as the renderer draws it
+            draw.ellipse((_HALF - r, _HALF - r, _HALF + r, _HALF + r), fill=1)
+        else:
+            draw.polygon(_polygon(shape, _HALF, _HALF, _UNIT), fill=1)
+        mask = np.asarray(image)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        tables.append(np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0))))
+        areas.append(mask.sum() / _UNIT**2)
+        boxes.append((np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) - _HALF) / _UNIT)
+    return np.stack(tables).astype(np.float32), np.array(areas), np.stack(boxes)
 
 
-def _ideal(template: _Template, height: int, width: int, x: float, y: float, r: float, blur: float) -> np.ndarray:
-    """Coverage [height, width] by the shape of centre (x, y) and radius r, averaged over boxes of `blur` px."""
-    cells = _UNIT / r
-
-    def edges(n: int, centre: float) -> tuple[np.ndarray, np.ndarray]:
-        start = (np.arange(n) + 0.5 - centre - blur / 2) * cells + _HALF
-        return np.rint(start).astype(int), np.rint(start + blur * cells).astype(int)
-
-    (y0, y1), (x0, x1) = edges(height, y), edges(width, x)
-    size = (y1 - y0)[:, None] * (x1 - x0)
-    rows, columns = np.concatenate([y0, y1]).clip(0, 2 * _HALF), np.concatenate([x0, x1]).clip(0, 2 * _HALF)
-    s = template.table[rows[:, None], columns]
-    s = s[height:] - s[:height]
-    return (s[:, width:] - s[:, :width]) / size
+def _edges(n: int, centre: float, r: np.ndarray, blur: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Table positions [k, 2 n] where the boxes around n pixels begin, then where they end; and their lengths [k, n]."""
+    cells = _UNIT / r[:, None]
+    start = (np.arange(n) + 0.5 - centre - blur[:, None] / 2) * cells + _HALF
+    at = np.rint(np.concatenate([start, start + blur[:, None] * cells], 1)).astype(np.intp)
+    return np.minimum(np.maximum(at, 0), 2 * _HALF), at[:, n:] - at[:, :n]
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    both = np.minimum(a, b).sum()
-    return float(both / (a.sum() + b.sum() - both))
+def _ideal(
+    shape: np.ndarray, size: tuple[int, int], x: float, y: float, r: np.ndarray, blur: np.ndarray
+) -> np.ndarray:
+    """Coverage [k, height, width] by k shapes (indices) of centre (x, y) and radii r [k], averaged over boxes of
+    `blur` [k] px."""
+    height, width = size
+    rows, tall = _edges(height, y, r, blur)
+    columns, wide = _edges(width, x, r, blur)
+    s = _templates()[0][shape[:, None, None], rows[:, :, None], columns[:, None]]
+    s = s[:, height:] - s[:, :height]
+    return (s[:, :, width:] - s[:, :, :width]) / (tall[:, :, None] * wide[:, None]).astype(np.float32)
 
 
-def _lines(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distance from the background [64, 64]; coverage if of colour k, and distance from its line [64, 64, 6]."""
-    d = image.astype(np.float32) - np.array(BACKGROUND, np.float32)
-    square = (d * d).sum(-1)
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Soft intersection over union of a [h, w] with each of b [k, h, w]."""
+    both = np.minimum(a, b).sum((1, 2))
+    return both / (a.sum() + b.sum((1, 2)) - both)
+
+
+def _lines(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For pixels less the background, d [n, 3]: coverage if of colour k, and distance from its line, both [n, 6]."""
     along = d @ (_LINES / _LENGTH[:, None]).T
-    foot = along.clip(0, _LENGTH)
-    off = np.sqrt((square[..., None] - 2 * along * foot + foot * foot).clip(0))
-    return np.sqrt(square), along / _LENGTH, off
+    foot = np.minimum(np.maximum(along, 0), _LENGTH)
+    off = (d * d).sum(1, keepdims=True) - (2 * along - foot) * foot
+    return along / _LENGTH, np.sqrt(np.maximum(off, 0))
 
 
-def _color(coverage: np.ndarray, off: np.ndarray) -> str:
-    """The pure colour of a component's pixels, coverage [n, 6] and distance from the lines [n, 6], or ""."""
-    k = np.bincount(off.argmin(1), minlength=len(_NAMES)).argmax()
-    strength = np.median(coverage[:, k])  # 1 for the colour itself, less when pale
-    pure = (off[:, k] < COLOR_TOLERANCE).mean() >= PURITY and abs(strength - 1) * _LENGTH[k] < COLOR_TOLERANCE
-    return _NAMES[k] if pure else ""
+def _color(coverage: np.ndarray, off: np.ndarray, core: np.ndarray) -> str:
+    """The pure colour of a component's pixels or "", from coverage [n, 6] and distance from the lines [n, 6].
+
+    `core` [n] marks pixels off the outline, where colours bleed (in JPEG above all); those must be pure. The others
+    may be farther off.
+    """
+    k = np.bincount(off[core].argmin(1), minlength=len(_NAMES)).argmax()
+    strength = np.median(coverage[core, k])  # 1 for the colour itself, less when pale
+    pure = (off[core, k] < COLOR_TOLERANCE).mean() >= PURITY and (off[:, k] < RIM_TOLERANCE).mean() >= PURITY
+    return _NAMES[k] if pure and abs(strength - 1) * _LENGTH[k] < COLOR_TOLERANCE else ""
 
 
 def _shape(a: np.ndarray) -> tuple[str, float, np.ndarray | None]:
     """The clean shape of a coverage map or "", the best soft IoU, and the fitted box in the map's pixels."""
+    _, areas, boxes = _templates()
     area = a.sum()
     y = float(a.sum(1) @ (np.arange(a.shape[0]) + 0.5) / area)
     x = float(a.sum(0) @ (np.arange(a.shape[1]) + 0.5) / area)
-    radii = {s: float(np.sqrt(area / _template(s).area)) for s in SHAPES}
-    scores = {s: _iou(a, _ideal(_template(s), *a.shape, x, y, radii[s], WIDTHS[2])) for s in SHAPES}
-    best = max(scores, key=scores.__getitem__)
-    others = max(v for s, v in scores.items() if s != best)
-    score = max(scores[best], *(_iou(a, _ideal(_template(best), *a.shape, x, y, radii[best], w)) for w in WIDTHS))
-    if score < MIN_IOU[best] or score < others + MARGIN:
-        return "", score, None
-    return best, score, _template(best).box * radii[best] + np.array([x, y, x, y])
+    r = np.sqrt(area / areas)
+    every = np.arange(len(SHAPES))
+    scores = _iou(a, _ideal(every, a.shape, x, y, r, np.full(len(every), _BLUR)))
+    best = int(scores.argmax())
+    others = np.delete(scores, best).max()
+    same = np.full(len(_OTHER_BLURS), best)
+    score = max(scores[best], _iou(a, _ideal(same, a.shape, x, y, r[same], _OTHER_BLURS)).max())
+    if score < MIN_IOU[SHAPES[best]] or score < others + MARGIN:
+        return "", float(score), None
+    return SHAPES[best], float(score), boxes[best] * r[best] + np.array([x, y, x, y])
 
 
 def detect(image: np.ndarray) -> list[Detection]:
     """Objects of a picture uint8 [64, 64, 3], best first."""
-    distance, coverage, off = _lines(image)
-    nearest = np.take_along_axis(coverage, off.argmin(-1)[..., None], -1)[..., 0]
-    labels, _ = ndimage.label(distance > FOREGROUND, np.ones((3, 3)))
+    d = image.astype(np.float32) - np.array(BACKGROUND, np.float32)
+    labels, _ = ndimage.label((d * d).sum(-1) > FOREGROUND**2, np.ones((3, 3)))
     rim = np.where(labels > 0, labels, ndimage.maximum_filter(labels, 5))  # the faint outer pixels belong to it too
     found = []
     for k, where in enumerate(ndimage.find_objects(labels), 1):
-        inside = labels[where] == k
         y0, x0 = (max(s.start - 2, 0) for s in where)
         window = slice(y0, where[0].stop + 2), slice(x0, where[1].stop + 2)
-        a = np.where(rim[window] == k, nearest[window], 0).clip(0, None)
+        whole, inside = rim[window] == k, labels[window] == k
+        coverage, off = _lines(d[window][whole])
+        nearest = coverage[np.arange(len(off)), off.argmin(1)]
+        solid = inside[whole]
+        a = np.zeros(whole.shape, np.float32)
+        a[whole] = (nearest / np.median(nearest[solid])).clip(0, 1)
         if a.sum() < MIN_AREA:
             continue
-        a = (a / np.median(nearest[where][inside])).clip(0, 1)
         shape, score, box = _shape(a)
         if box is None:
             box = np.array([where[1].start, where[0].start, where[1].stop, where[0].stop], float)
         else:
             box = box + np.array([x0, y0, x0, y0])
-        core = ndimage.binary_erosion(inside)  # colours bleed at the outline, in JPEG above all
-        core = core if core.sum() >= 6 else inside
-        found.append(Detection(shape, _color(coverage[where][core], off[where][core]), tuple(box.tolist()), score))
+        core = ndimage.binary_erosion(inside, np.ones((3, 3)))[whole][solid]
+        color = _color(coverage[solid], off[solid], core if core.sum() >= 6 else np.ones_like(core))
+        found.append(Detection(shape, color, tuple(box.tolist()), score))
     return sorted(found, key=lambda d: -d.score)
