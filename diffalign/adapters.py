@@ -65,11 +65,9 @@ def add_lora(
     _unused(network, name)
     chosen = list(pipeline.lora_targets if targets is None else targets)
     modules = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d, BaseTunerLayer))]
-    for target in chosen:
+    for target in chosen or [""]:
         if not any(m == target or m.endswith(f".{target}") for m in modules):
             raise UserError(f"LoRA target '{target}' matches no layer; give the end of a name, such as attn.to_q")
-    if not chosen:
-        raise UserError("the LoRA has no targets; name at least one layer, such as attn.to_q")
     # peft calls alpha an int and computes with any number
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=INITS[init], target_modules=chosen)  # type: ignore[arg-type]
     with warnings.catch_warnings():
@@ -254,17 +252,17 @@ def _gradients_as_they_are(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _weights(network: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[None]:
-    parameters = dict(network.named_parameters())
-    if state is not None and state.keys() - parameters.keys():
-        raise ValueError(f"the network has no parameter '{sorted(state.keys() - parameters.keys())[0]}'")
-    live = {name: parameters[name].data for name in state or {}}
+    state = state or {}
+    swapped = [(p, p.data, state[name]) for name, p in network.named_parameters() if name in state]
+    if len(swapped) != len(state):
+        raise ValueError("the given weights are not those of the network")
     try:
-        for name, t in (state or {}).items():
-            parameters[name].data = t.detach().to(live[name])
+        for p, live, other in swapped:
+            p.data = other.detach().to(live)
         yield
     finally:
-        for name, t in live.items():
-            parameters[name].data = t
+        for p, live, _ in swapped:
+            p.data = live
 
 
 def _component(pipeline: Adaptable) -> str:
@@ -279,7 +277,8 @@ def _whole(pipeline: Adaptable) -> Any:
     if pipeline.source is None:
         raise UserError("the text encoders were released; export before release_encoders()")
     path, revision = pipeline.source
-    absent = {name: None for name, part in DiffusionPipeline.load_config(path).items() if part == [None, None]}
+    config = DiffusionPipeline.load_config(path, revision=revision)
+    absent = {name: None for name, part in config.items() if part == [None, None]}
     parts = {**absent, _component(pipeline): pipeline.network, "vae": pipeline.pipe.vae}
     return DiffusionPipeline.from_pretrained(path, revision=revision, **parts)
 
@@ -289,14 +288,14 @@ def _misfit(network: nn.Module, layers: Mapping[str, Tensor]) -> str | None:
     modules = dict(network.named_modules())
     for key, tensor in layers.items():
         place, _, half = key.removesuffix(".weight").rpartition(".")
-        other = layers.get(f"{place}.{'lora_B' if half == 'lora_A' else 'lora_A'}.weight")
+        side = 1 if half == "lora_A" else 0
+        other = layers.get(f"{place}.lora_{'AB'[side]}.weight")
         if half not in ("lora_A", "lora_B") or other is None:
             return f"'{key}' is not half of a LoRA pair"
-        if place not in modules:
-            return f"it has no module '{place}'"
-        module = modules[place]
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        side = 1 if half == "lora_A" else 0
+        module = modules.get(place)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(base, (nn.Linear, nn.Conv2d)):
+            return f"the model has no layer '{place}'"
         if tensor.shape[side] != base.weight.shape[side]:
             return f"'{key}' is for size {tensor.shape[side]}, and the module's is {base.weight.shape[side]}"
         if tensor.shape[1 - side] != other.shape[side]:

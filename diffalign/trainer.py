@@ -161,6 +161,11 @@ def epoch(run: Run) -> None:
     rollout, total = sample(run)
     sampled = time.monotonic()
     assert rollout.images is not None
+    if not bool(rollout.images.isfinite().all()):
+        raise UserError(
+            f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
+            "with a lower trainer.lr"
+        )
     rollout.rewards = rewards.score(
         run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
     )

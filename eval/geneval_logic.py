@@ -1,8 +1,8 @@
 """GenEval's decisions (arXiv 2310.11513) as pure functions over detections; no detector and no torch in here.
 
 `objects` maps a class to its boxes (x0, y0, x1, y1[, confidence]), most confident first; `colors` maps a class to the
-colour of each box in the same order. `metadata` is GenEval's: `{"tag": ..., "include": [clause], "exclude": [clause]}`, a
-clause is `{"class": "circle", "count": 2, "color": "red", "position": ["left of", 0]}`; a position names a relation
+colour of each box in the same order. `metadata` is GenEval's `{"tag": ..., "include": [clause], "exclude": [clause]}`
+with clauses `{"class": "circle", "count": 2, "color": "red", "position": ["left of", 0]}`; a position names a relation
 and the index of an earlier clause.
 """
 

@@ -65,7 +65,7 @@ class Run:
         return self.evaluations[-1] if len(self.evaluations) > 1 else None
 
     def images(self, evaluation: Evaluation) -> dict[int, Path]:
-        """Sample index -> its PNG; file k shows the first image of prompt k, the samples list all images of a prompt."""
+        """Sample index -> its PNG; file k shows the first image of prompt k, samples list them all."""
         folder = self.path / "images" / f"eval_{evaluation.epoch:04d}"
         each = int((self.config.get("evaluation") or {}).get("images_per_prompt", 1))
         found = {int(p.stem) * each: p for p in sorted(folder.glob("*.png")) if p.stem.isdigit()}

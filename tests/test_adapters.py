@@ -94,7 +94,7 @@ def test_bad_lora_settings(folder: Path) -> None:
         ({"rank": 0}, "rank must be at least 1"),
         ({"init": "magic"}, "'magic' is unknown; use one of gaussian, kaiming"),
         ({"targets": ["attn.to_q", "attn.to_x"]}, "'attn.to_x' matches no layer"),
-        ({"targets": []}, "no targets"),
+        ({"targets": []}, "'' matches no layer"),
     ):
         with pytest.raises(UserError, match=message):
             adapters.add_lora(pipe, **({"rank": 2, "alpha": 2} | settings))
@@ -231,7 +231,7 @@ def test_a_lora_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
     changes = {
         "for size 48, and the module's is 32": {f"{first}.lora_A.weight": torch.zeros(4, 48)},
         "different ranks": {f"{first}.lora_A.weight": torch.zeros(3, 32)},
-        "no module 'transformer_blocks.7.attn.to_q'": {
+        "has no layer 'transformer_blocks.7.attn.to_q'": {
             f"transformer.transformer_blocks.7.attn.to_q.lora_{half}.weight": torch.zeros(4, 32)
             if half == "A"
             else torch.zeros(32, 4)

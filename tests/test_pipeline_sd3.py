@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,8 +237,6 @@ def test_tokens_by_default(folder: Path, tmp_path: Path) -> None:
 
 
 def test_loading_errors_are_one_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     def fails(path: str | Path, message: str, **settings: str) -> None:
         with pytest.raises(UserError, match=message) as caught:
             pipelines.load(path, **settings)
@@ -276,8 +277,5 @@ def test_a_family_is_added_by_adding_a_file(folder: Path, tmp_path: Path, monkey
 
 
 def test_the_package_imports_without_torch() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, diffalign.pipelines as p; p.embedded_names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

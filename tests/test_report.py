@@ -60,7 +60,8 @@ def make_run(
             "epoch": epoch, "phase": "train", "reward/geneval": 0.55 + 0.35 * x + rng.gauss(0, 0.03),
             "reward/geneval_std": 0.4 - 0.15 * x, "reward/jpeg": -1.2 - 0.1 * x + rng.gauss(0, 0.01),
             "loss": rng.gauss(0, 1e-5), "ratio": 1 + rng.gauss(0, 2e-6), "clip_fraction": 0.3 * x, "kl": 0.002 * x**2,
-            "logp_gap": 1e-6 * rng.random(), "grad_norm": 0.1 + 0.02 * rng.random(), "seconds": 9.5, "seconds/rollout": 3.5, "zero_advantage_groups": 0.1,
+            "logp_gap": 1e-6 * rng.random(), "grad_norm": 0.1 + 0.02 * rng.random(), "seconds": 9.5,
+            "seconds/rollout": 3.5, "zero_advantage_groups": 0.1,
             "images_per_second": 13.4,
         })  # fmt: skip
     for epoch in evaluated:

@@ -27,7 +27,7 @@ from diffalign.shapes.world import BACKGROUND, COLORS, SHAPES, _polygon
 
 MIN_AREA = 12.0  # px of coverage
 FOREGROUND = 70.0  # distance from the background in RGB; a pixel beyond it belongs to a component
-COLOR_TOLERANCE, RIM_TOLERANCE = 36.0, 55.0  # distance from a colour in RGB; the nearest two, orange and yellow, are 83 apart
+COLOR_TOLERANCE, RIM_TOLERANCE = 36.0, 60.0  # distance from a colour in RGB; the nearest two, orange and yellow, are 83 apart
 PURITY = 0.85  # share of a component's pixels that must lie within the tolerance
 MIN_IOU = {"circle": 0.94, "square": 0.91, "triangle": 0.89, "star": 0.84}  # blur eats corners, and a circle has none
 MARGIN = 0.03  # over the second best shape

@@ -1,6 +1,142 @@
+"""From trained networks to the folders that ship: `tiny-sd3` for diffusers, `tiny-clip` for transformers, a model card."""
+
 from __future__ import annotations
-def first_text_encoder(clip):
+
+import json
+import os
+import platform
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from diffalign.shapes import prompts, world
+from diffalign.shapes.prompts import TAGS
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGES_PER_PROMPT, STEPS = 4, 20  # of the evaluation on the card
+
+
+def first_text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
+    """The text half of a CLIP as the class that StableDiffusion3Pipeline expects."""
     from transformers import CLIPTextModelWithProjection
+
     encoder = CLIPTextModelWithProjection(clip.config.text_config)
-    encoder.load_state_dict({k: v for k, v in clip.state_dict().items() if k.startswith(("text_model.","text_projection."))})
+    wanted = encoder.state_dict().keys()
+    encoder.load_state_dict({k: v for k, v in clip.state_dict().items() if k in wanted})
     return encoder.eval().requires_grad_(False)
+
+
+def pipeline(
+    words: CLIPTokenizer, vae: Any, models: nn.ModuleDict, transformer: Any, shift: float, scale: float
+) -> StableDiffusion3Pipeline:
+    """The trained parts as a diffusers pipeline; latents are shifted and scaled to zero mean and unit variance."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    parts = {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0),
+        "vae": vae,
+        "text_encoder": first_text_encoder(models["clip"]),
+        "tokenizer": words,
+        "text_encoder_2": models["second"],
+        "tokenizer_2": words,
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+    return StableDiffusion3Pipeline(**parts)
+
+
+def export(output: Path, pipe: StableDiffusion3Pipeline, models: nn.ModuleDict, words: CLIPTokenizer, log: Path) -> None:
+    """Write all folders in fp16 beside `output` and put them in its place when they are complete."""
+    from transformers import CLIPImageProcessor
+
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.to(dtype=torch.float16).save_pretrained(temporary / "tiny-sd3")
+    side = {"height": world.SIZE, "width": world.SIZE}
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )
+    for part in (models["clip"].half(), processor, words):
+        part.save_pretrained(temporary / "tiny-clip")
+    shutil.copy(log, temporary / "pretrain_log.jsonl")
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(temporary, output)
+
+
+def measure(folder: Path, micro_batch: int = 64) -> dict[str, dict[str, float]]:
+    """{'strict' | 'correct': {tag or 'overall': mean}} of 240 held-out prompts x 4 images, overall = mean of the tags."""
+    from diffalign import pipelines, rewards
+    from diffalign.config import Sampling
+    from diffalign.rollout import collect, sample_seed
+
+    loaded = pipelines.load(folder, max_sequence_length=0)
+    sampling = Sampling(steps=STEPS, kernel="ode", eta=0.0, height=world.SIZE, width=world.SIZE)
+    test = prompts.test_prompts()
+    pairs = [(p, j) for p in range(len(test)) for j in range(IMAGES_PER_PROMPT)]
+    seeds = torch.tensor([sample_seed(0, 0, p, j) for p, j in pairs])
+    metadata = [test[p] for p, _ in pairs]
+    rollout = collect(loaded, metadata, torch.tensor([p for p, _ in pairs]), seeds, sampling, (), micro_batch)
+    assert rollout.images is not None
+    result = {}
+    for mode in ("strict", "correct"):
+        scorer = rewards.build([{"name": "geneval", "mode": mode}])
+        scores = rewards.score(scorer, rollout.images, rollout.prompts, metadata, micro_batch)["geneval"]
+        means = {tag: float(scores[[m["tag"] == tag for m in metadata]].mean()) for tag in TAGS}
+        result[mode] = means | {"overall": sum(means.values()) / len(means)}
+    return result
+
+
+def write_card(folder: Path, scores: dict[str, dict[str, float]], plans: dict[str, Any]) -> None:
+    """README.md of the weights: what they are, how they were made, what they score."""
+    lines = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
+    last = {line["stage"]: line for line in lines}
+    parts = sorted(p for p in folder.rglob("*.safetensors"))
+    text = [
+        "# Embedded models",
+        "",
+        "Made from nothing by `python -m diffalign.shapes.pretrain`, on procedural pictures only. Apache-2.0.",
+        "",
+        "| file | parameters | MB |",
+        "|---|---|---|",
+        *(f"| {p.relative_to(folder)} | {_count(p):,} | {p.stat().st_size / 1e6:.1f} |" for p in parts),
+        "",
+        "| stage | steps | learning rate | last loss | seconds |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {plan.steps} | {plan.lr} | {last[name]['loss']} | {last[name]['seconds']:.0f} |"
+            for name, plan in plans.items()
+        ),
+        "",
+        f"GenEval in the shapes world, {len(prompts.test_prompts())} held-out prompts x {IMAGES_PER_PROMPT} images, "
+        f"{STEPS} Euler steps, no guidance. `strict` demands that nothing else is in the picture; `correct` is the "
+        "official logic.",
+        "",
+        "| | " + " | ".join([*TAGS, "overall"]) + " |",
+        "|---|" + "---|" * (len(TAGS) + 1),
+        *(f"| {mode} | " + " | ".join(f"{v:.3f}" for v in values.values()) + " |" for mode, values in scores.items()),
+        "",
+        f"Written {time.strftime('%Y-%m-%d')} with torch {version('torch')}, diffusers {version('diffusers')}, "
+        f"transformers {version('transformers')} on {os.cpu_count()} cores ({platform.machine()}).",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(text), "utf-8")
+
+
+def _count(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return sum(int(torch.tensor(file.get_slice(k).get_shape()).prod()) for k in file.keys())  # noqa: SIM118

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.shapes import networks, prompts, tokenizer, world
+from diffalign.shapes.export import CLIP_MEAN, CLIP_STD, export, first_text_encoder, measure, pipeline, write_card
 from diffalign.shapes.fitting import Fit, Losses, atomic_save, batches, fit
 
 SCENES = 100_000
@@ -24,10 +25,8 @@ SEED = 20261121
 PLANS = {
     "vae": Fit(steps=1800, lr=2e-3, save_every=300),
     "clip": Fit(steps=1500, lr=1e-3, weight_decay=0.05, save_every=300),
-    "transformer": Fit(steps=14_000, lr=1e-3, warmup=300, decay=0.4, betas=(0.9, 0.99), ema=0.999),
+    "transformer": Fit(steps=12_000, lr=1e-3, warmup=300, decay=0.4, betas=(0.9, 0.99), ema=0.999),
 }
-CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,11 @@ def fit_clip(data: Data, ids: Tensor, words: networks.CLIPTokenizer, folder: Pat
     """Two text encoders of different depth and activation against one image tower."""
     models = nn.ModuleDict({"clip": networks.clip(words), "second": networks.text_encoder(words, 4, "gelu")})
     clip, second = models["clip"], models["second"]
+    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
 
     def loss(step: int, generator: torch.Generator) -> Losses:
         k = torch.randint(len(data.images), (128,), generator=generator)
-        pixels = (data.images[k].float() / 255 - CLIP_MEAN) / CLIP_STD
+        pixels = (data.images[k].float() / 255 - mean) / std
         same = data.meaning[k][:, None] == data.meaning[k][None]
         with torch.autocast("cpu", torch.bfloat16):
             out = clip(input_ids=ids[data.text[k]], pixel_values=pixels)
@@ -100,8 +100,6 @@ def fit_clip(data: Data, ids: Tensor, words: networks.CLIPTokenizer, folder: Pat
 
 def encode_text(models: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
     """As StableDiffusion3Pipeline does: penultimate hidden states side by side, pooled projections side by side."""
-    from diffalign.shapes.export import first_text_encoder
-
     encoders = [first_text_encoder(models["clip"]), models["second"]]
     hidden, pooled = [], []
     for encoder in encoders:
@@ -175,9 +173,11 @@ def main() -> None:
     transformer = fit_transformer(
         (latents - shift) * scale, data, hidden, pooled, arguments.work, arguments.compile
     )
-    from diffalign.shapes.export import export
-
-    export(arguments.output, words, vae, models, transformer, shift, scale, arguments.work)
+    pipe = pipeline(words, vae, models, transformer, shift, scale)
+    export(arguments.output, pipe, models, words, arguments.work / "log.jsonl")
+    scores = measure(arguments.output / "tiny-sd3")
+    write_card(arguments.output, scores, PLANS)
+    print(f"wrote {arguments.output}; held-out GenEval {scores['strict']['overall']:.3f}")
 
 
 if __name__ == "__main__":

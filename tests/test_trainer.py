@@ -1,0 +1,187 @@
+"""The training loop end to end on small models: invariances, resume, learning, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from diffalign import loading, trainer
+from diffalign.ema import EMA
+from diffalign.types import UserError
+
+SETTINGS = """
+model: {{path: {model}, device: cpu}}
+output: {output}
+prompts: {{train: shapes-train, test: shapes-test}}
+sampling: {{steps: 4, kernel: cps, eta: 0.7, height: 32, width: 32}}
+algorithm: {{name: grpo, window: {{size: 2, range: [0, 3]}}}}
+rewards: [{{name: reward_functions.redness}}]
+adapter: {{name: lora, rank: 4, alpha: 8}}
+trainer: {{epochs: 2, prompts: 2, images_per_prompt: 3, micro_batch: 6, lr: 1e-3, ema: 0.9}}
+evaluation: {{every: 2, prompts: 2, images_per_prompt: 2, steps: 3}}
+checkpoint: {{every: 1, keep: 2}}
+"""
+FUNCTIONS = """
+import torch
+from diffalign.algorithms import Loss
+from diffalign.algorithms.grpo import GRPO
+
+class Exploding(GRPO):
+    def losses(self, policy, batch):
+        for loss in super().losses(policy, batch):
+            yield Loss(loss.per_sample * float("inf"))
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+def broken(images, prompts, metadata):
+    return torch.full((len(images),), float("nan"))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.sd3_folder(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "reward_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def start(name: str, *overrides: str, resume: str | None = None) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(SETTINGS.format(model=model, output=tmp_path / name))
+        return trainer.train(loading.load(str(path), overrides), resume)
+
+    return start
+
+
+def weights(folder: Path, epoch: int = 2) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{epoch:04d}" / "weights.safetensors")
+
+
+def metrics(folder: Path, phase: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["phase"] == phase]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
+
+
+def test_a_run_writes_what_it_promises(run: Any, model: Path) -> None:
+    folder = run("whole")
+    train, held_out = metrics(folder, "train"), metrics(folder, "eval")
+    assert [line["epoch"] for line in train] == [1, 2]
+    assert [line["epoch"] for line in held_out] == [0, 2]
+    assert all(line["ratio"] == 1.0 and line["logp_gap"] == 0.0 for line in train)
+    assert (folder / "config.yaml").is_file() and (folder / "images" / "eval_0002.png").is_file()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["0001", "0002"]
+    samples = json.loads((folder / "eval" / "0000.json").read_text())["samples"]
+    assert len(samples) == 4 and len({s["seed"] for s in samples}) == 4
+    assert held_out[0]["reward/redness"] == pytest.approx(
+        sum(s["scores"]["redness"] for s in samples) / 4
+    )
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
+    pipe.load_lora_weights(folder / "lora")
+    assert any("lora" in name for name, _ in pipe.transformer.named_parameters())
+
+
+def test_micro_batch_changes_nothing(run: Any) -> None:
+    assert_same(weights(run("six")), weights(run("one", "trainer.micro_batch=1")), 1e-5)
+    assert_same(weights(run("four", "trainer.micro_batch=4")), weights(run("six-again")), 1e-5)
+
+
+def test_resume_is_exact(run: Any) -> None:
+    whole = run("whole", "trainer.epochs=4")
+    run("parts", "trainer.epochs=2")
+    parts = run("parts", "trainer.epochs=4", resume="auto")
+    assert_same(weights(whole, 4), weights(parts, 4), 0.0)
+    assert_same(
+        load_file(whole / "checkpoints" / "0004" / "ema.safetensors"),
+        load_file(parts / "checkpoints" / "0004" / "ema.safetensors"),
+        0.0,
+    )
+    assert [line["epoch"] for line in metrics(parts, "train")] == [1, 2, 3, 4]
+    assert sorted(p.name for p in (parts / "checkpoints").iterdir()) == ["0003", "0004"]
+
+
+def test_an_interrupt_loses_no_finished_epoch(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run("whole", "trainer.epochs=3")
+    advance = trainer.Tracker.advance
+
+    def stop_after_two(self: Any, text: str) -> None:
+        advance(self, text)
+        if text.startswith("epoch 2/"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Tracker, "advance", stop_after_two)
+        run("stopped", "trainer.epochs=3", "checkpoint.every=0")
+    stopped = run("stopped", "trainer.epochs=3", "checkpoint.every=0", resume="auto")
+    assert_same(weights(whole, 3), weights(stopped, 3), 0.0)
+
+
+@pytest.mark.parametrize("adapter", ["{name: lora, rank: 8, alpha: 16}", "{name: full}"])
+def test_it_learns(run: Any, adapter: str) -> None:
+    """Redness of held-out images of the embedded model rises by more than one image differs from another."""
+    rate = "trainer.lr=1e-4" if "full" in adapter else "trainer.lr=2e-3"
+    folder = run(
+        "learning", f"adapter={adapter}", rate, "model={path: tiny-sd3, device: cpu}", "trainer.epochs=12",
+        "sampling={steps: 5, kernel: cps, eta: 0.8, height: 64, width: 64}", "algorithm.window={size: 2, range: [0, 3]}",
+        "trainer.prompts=4", "trainer.images_per_prompt=8", "trainer.micro_batch=32", "trainer.ema=0",
+        "evaluation={every: 12, prompts: 8, images_per_prompt: 2, steps: 5}", "checkpoint.every=0",
+    )  # fmt: skip
+    before, after = (line["reward/redness"] for line in metrics(folder, "eval"))
+    samples = json.loads((folder / "eval" / "0000.json").read_text())["samples"]
+    assert after - before > torch.tensor([s["scores"]["redness"] for s in samples]).std()
+    if "full" in adapter:
+        assert StableDiffusion3Pipeline.from_pretrained(folder / "model").transformer is not None
+
+
+def test_mistakes_are_one_sentence(run: Any, tmp_path: Path) -> None:
+    folder = run("first")
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume auto"):
+        run("first")
+    with pytest.raises(UserError, match=r"was trained with adapter .* resume with the same"):
+        run("first", "adapter={name: full}", "trainer.epochs=3", resume="auto")
+    with pytest.raises(UserError, match=r"is adapter\.rank the same"):
+        run("first", "adapter.rank=2", "trainer.epochs=3", resume="auto")
+    with pytest.raises(UserError, match="is no checkpoint; the last one here is"):
+        run("first", resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="applies to none of the 6 images"):
+        run("nan", "rewards=[reward_functions.broken]")
+    assert (folder / "checkpoints" / "0002" / "meta.json").is_file()
+
+
+def test_numbers_that_are_not_finite_stop_the_run(run: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images of epoch 2 are not finite.*lower trainer\.lr"):
+        run("wild", "trainer.lr=1e30", "evaluation.every=0", "trainer.epochs=3")
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "wild", 1).values())
+    with pytest.raises(UserError, match="gradients of epoch 1 are not finite"):
+        run("loss", "algorithm={name: reward_functions.Exploding}", "evaluation.every=0")
+
+
+def test_ema_follows_its_closed_form() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    ema = EMA([weight], decay=0.3)
+    expected = 1.0
+    for n, value in enumerate([2.0, -1.0, 4.0]):
+        with torch.no_grad():
+            weight.fill_(value)
+        ema.update()
+        d = min((1 + n) / (10 + n), 0.3)
+        expected = d * expected + (1 - d) * value
+    with ema.applied():
+        assert weight.item() == pytest.approx(expected)
+    assert weight.item() == 4.0
