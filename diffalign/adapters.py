@@ -33,15 +33,9 @@ class Adaptable(Protocol):
     network: Any  # its denoising network, never wrapped
     trainable: nn.Module  # what the denoiser calls: the network, or a trainer's wrapped form of it
     frozen: nn.Module | None  # the initial network of a full fine-tuning
-
-    @property
-    def lora_targets(self) -> tuple[str, ...]: ...
-
-    @property
-    def source(self) -> tuple[str, str | None] | None: ...  # (path, revision) it was loaded from
-
-    @property
-    def max_sequence_length(self) -> int | None: ...  # None for a family without T5
+    lora_targets: tuple[str, ...]
+    source: tuple[str, str | None] | None  # (path, revision) it was loaded from
+    max_sequence_length: int | None  # None for a family without T5
 
 
 def add_lora(
@@ -65,7 +59,9 @@ def add_lora(
     _unused(network, name)
     chosen = list(pipeline.lora_targets if targets is None else targets)
     modules = [n for n, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d, BaseTunerLayer))]
-    for target in chosen or [""]:
+    if not chosen:
+        raise UserError("the LoRA has no targets; name at least one layer, such as attn.to_q")
+    for target in chosen:
         if not any(m == target or m.endswith(f".{target}") for m in modules):
             raise UserError(f"LoRA target '{target}' matches no layer; give the end of a name, such as attn.to_q")
     # peft calls alpha an int and computes with any number

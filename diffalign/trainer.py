@@ -20,6 +20,7 @@ from diffalign.advantages import group_advantages, weighted_sum
 from diffalign.algorithms import Algorithm
 from diffalign.config import Config, Sampling
 from diffalign.ema import EMA
+from diffalign.eval import report
 from diffalign.loading import save as save_config
 from diffalign.rollout import collect, sample_seed
 from diffalign.tracking import Tracker
@@ -94,6 +95,8 @@ def train(config: Config, resume: str | None = None) -> Path:
         run.tracker.close()
     if run.accelerator.is_main_process:
         export(run)
+        run.tracker.say(report.summary(run.folder)["verdict"])
+        run.tracker.say(f"report: {report.write(run.folder)}")
     run.accelerator.wait_for_everyone()
     return run.folder
 

@@ -85,7 +85,7 @@ class SD3:
         self.schedule = RectifiedFlow()
         self.dtype = dtype
         self.device = torch.device(device)
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length: int | None = max_sequence_length
         self.source = source
         self.decode_batch = 8  # images a VAE forward decodes: a memory knob
         self.network: Any = _placed(pipe.transformer, self.device, dtype)  # never wrapped

@@ -73,7 +73,12 @@ def test_check_says_what_a_run_will_do(tmp_path: Path, model: str) -> None:
     sizes = ["trainer.epochs=5", "trainer.prompts=3", "trainer.images_per_prompt=4", "algorithm.window=null"]
     done = run("check", "shapes_demo", model, *sizes, cwd=tmp_path, code=LEFT_OUT)
     assert done.stderr == ""
-    for fact in ("3 prompts x 4 images = 12 images", "5 epochs, 5 updates, 60 images", "9 of them cps", "runs/shapes_demo"):
+    for fact in (
+        "3 prompts x 4 images = 12 images",
+        "5 epochs, 5 updates, 60 images",
+        "9 of them cps",
+        "runs/shapes_demo",
+    ):
         assert fact in done.stdout
     assert done.stdout.endswith("False 0\n")
 

@@ -1,17 +1,21 @@
 """The exact detector of the shapes world: what a verifiable GenEval reward reads off a picture.
 
-Colour. A pixel of an anti-aliased object of colour c lies on the line background -> c, at the fraction of the pixel that
-the object covers. Each pixel goes to the nearest of the six lines; its place there is the coverage, and its distance from
-the line says how impure it is.
+Colour. A pixel of an anti-aliased object of colour c lies on the line background -> c, at the fraction of the pixel
+that the object covers. Each pixel goes to the nearest of the six lines; its place there is the coverage, and its distance
+from the line says how impure it is.
 
 Shape. Area and centroid of a component's coverage fix centre and radius of each candidate, since all four shapes have
 their centroid at the centre. The candidate's ideal coverage is then compared with the one seen: the score is the soft
 intersection over union, sum min / sum max. Ideal coverage at any place, size and blur comes from one summed-area table
 per shape: the mean over a box around each pixel is four look-ups.
 
+What counts as clean is a matter of `MIN_IOU`. Accepted: sides 5 % apart, every corner rounded by a tenth of the radius,
+squares with corners rounded up to a quarter of the side. Rejected: pentagons, ellipses of 1.2, rings, halves, and
+whatever two objects make together. Orientation counts: a square on its corner or a triangle on its tip is none of this
+world. A triangle cut parallel to a side is a smaller triangle, and passes.
+
 A component of imperfect shape has shape "", one of mixed or foreign colour has color "", so that callers can punish
-rubbish. Orientation counts: a square on its corner or a triangle on its tip is no square or triangle of this world.
-Specks that cover less than `MIN_AREA` pixels are ignored.
+rubbish. Specks that cover less than `MIN_AREA` pixels are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from diffalign.shapes.world import BACKGROUND, COLORS, SHAPES, _polygon
 
 MIN_AREA = 12.0  # px of coverage
 FOREGROUND = 70.0  # distance from the background in RGB; a pixel beyond it belongs to a component
-COLOR_TOLERANCE, RIM_TOLERANCE = 36.0, 60.0  # distance from a colour in RGB; the nearest two, orange and yellow, are 83 apart
+COLOR_TOLERANCE = 36.0  # distance from a colour in RGB; the nearest two, orange and yellow, are 83 apart
+RIM_TOLERANCE = 60.0  # likewise, where the outline takes part
 PURITY = 0.85  # share of a component's pixels that must lie within the tolerance
 MIN_IOU = {"circle": 0.94, "square": 0.91, "triangle": 0.89, "star": 0.84}  # blur eats corners, and a circle has none
 MARGIN = 0.03  # over the second best shape
@@ -50,8 +55,8 @@ class Detection:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tables [4, 513, 513] (entry i, j: cells of the shape above row i and left of column j), areas [4] and boxes [4, 4]
-    at radius 1."""
+    """Tables [4, 513, 513], areas [4] and boxes [4, 4] at radius 1; entry (i, j) of a table counts the cells of the
+    shape above row i and left of column j."""
     tables, areas, boxes = [], [], []
     for shape in SHAPES:
         image = Image.new("L", (2 * _HALF, 2 * _HALF))
@@ -87,13 +92,14 @@ def _ideal(
     columns, wide = _edges(width, x, r, blur)
     s = _templates()[0][shape[:, None, None], rows[:, :, None], columns[:, None]]
     s = s[:, height:] - s[:, :height]
-    return (s[:, :, width:] - s[:, :, :width]) / (tall[:, :, None] * wide[:, None]).astype(np.float32)
+    ideal: np.ndarray = (s[:, :, width:] - s[:, :, :width]) / (tall[:, :, None] * wide[:, None]).astype(np.float32)
+    return ideal
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Soft intersection over union of a [h, w] with each of b [k, h, w]."""
-    both = np.minimum(a, b).sum((1, 2))
-    return both / (a.sum() + b.sum((1, 2)) - both)
+    both: np.ndarray = np.minimum(a, b).sum((1, 2))
+    return both / np.asarray(a.sum() + b.sum((1, 2)) - both)
 
 
 def _lines(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,1 @@
+"""Inference-time steering and search: one file a method, found by name."""
