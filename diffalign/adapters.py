@@ -65,7 +65,7 @@ def add_lora(
         if not any(m == target or m.endswith(f".{target}") for m in modules):
             raise UserError(f"LoRA target '{target}' matches no layer; give the end of a name, such as attn.to_q")
     # peft calls alpha an int and computes with any number
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=INITS[init], target_modules=chosen)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=INITS[init], target_modules=chosen)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         network.add_adapter(config, name)
@@ -267,14 +267,19 @@ def _component(pipeline: Adaptable) -> str:
 
 
 def _whole(pipeline: Adaptable) -> Any:
-    """The diffusers pipeline with text encoders."""
-    if pipeline.pipe.text_encoder is not None:
-        return pipeline.pipe
+    """The diffusers pipeline with all parts its source has: encoders that were released or never loaded are read."""
     if pipeline.source is None:
-        raise UserError("the text encoders were released; export before release_encoders()")
+        if pipeline.pipe.text_encoder is None:
+            raise UserError("the text encoders were released; export before release_encoders()")
+        return pipeline.pipe
     path, revision = pipeline.source
     config = DiffusionPipeline.load_config(path, revision=revision)
     absent = {name: None for name, part in config.items() if part == [None, None]}
+    if not any(
+        part is None and config.get(name, [None, None]) != [None, None]
+        for name, part in pipeline.pipe.components.items()
+    ):
+        return pipeline.pipe
     parts = {**absent, _component(pipeline): pipeline.network, "vae": pipeline.pipe.vae}
     return DiffusionPipeline.from_pretrained(path, revision=revision, **parts)
 

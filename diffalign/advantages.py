@@ -17,9 +17,7 @@ def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) ->
     return total.masked_fill(stacked.isnan().all(0), torch.nan)
 
 
-def group_advantages(
-    rewards: Tensor, group: Tensor, std: str = "global", ddof: int = 0, eps: float = 1e-4
-) -> Tensor:
+def group_advantages(rewards: Tensor, group: Tensor, std: str = "global", ddof: int = 0, eps: float = 1e-4) -> Tensor:
     """A = (r - mean of the group) / (std + eps), computed in float64; GRPO (arXiv 2402.03300).
 
     Args:

@@ -36,7 +36,9 @@ def save(
     temporary = folder / f".{epoch:04d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors")
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors"
+    )
     if ema is not None:
         shadow = dict(zip(parameters, ema.shadow, strict=True))
         save_file({name: t.cpu().contiguous() for name, t in shadow.items()}, temporary / "ema.safetensors")
@@ -75,11 +77,12 @@ def load(
     Raises UserError when the checkpoint is of another model, algorithm or adapter.
     """
     meta = json.loads((path / "meta.json").read_text("utf-8"))
-    for key in ("model", "algorithm", "adapter"):
-        if meta["config"][key]["path" if key == "model" else "name"] != config[key]["path" if key == "model" else "name"]:
+    for key, field in (("model", "path"), ("algorithm", "name"), ("adapter", "name")):
+        was, now = meta["config"][key][field], config[key][field]
+        if was != now:
             raise UserError(
-                f"checkpoint '{path}' was trained with {key} {meta['config'][key]}, this run has {config[key]}; "
-                "resume with the same, or choose another output folder"
+                f"checkpoint '{path}' was trained with {key} {was}, this run has {now}; resume with the same, or choose "
+                "another output folder"
             )
     weights = load_file(path / "weights.safetensors")
     _copy(parameters, weights, path)

@@ -88,11 +88,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _quiet() -> None:
+    """Loading bars and notices of the libraries below would bury what this program says."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _train(args: argparse.Namespace) -> None:
     from diffalign import loading
 
     output = [] if args.output is None else [f"output={json.dumps(args.output)}"]
     config = loading.load(args.config, [*args.overrides, *output])
+    _quiet()
     from diffalign import trainer  # after the checks: it imports torch
 
     trainer.train(config, resume=args.resume)
@@ -124,6 +135,7 @@ def _generate(args: argparse.Namespace) -> None:
     for name in ("images", "micro_batch"):
         if getattr(args, name) < 1:
             raise UserError(f"generate: {name} must be at least 1, got {getattr(args, name)}")
+    _quiet()
     from diffalign import adapters, pipelines
     from diffalign.generate import generate, native_size
 

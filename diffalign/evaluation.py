@@ -61,7 +61,7 @@ def evaluate(
         metadata = [dict(prompts[pairs[i][0]]) for i in rows]
         seeds = torch.tensor([sample_seed(seed, SEED_EPOCH, *pairs[i]) for i in rows])
         group = torch.tensor([pairs[i][0] for i in rows])
-        batch = collect(pipeline, metadata, group, seeds, sampling, (), micro_batch, accelerator.device)
+        batch = collect(pipeline, metadata, group, seeds, sampling, (), micro_batch)
         assert batch.images is not None
         scores = {name: scorer(batch.images, batch.prompts, metadata).scores for name, scorer in scorers.items()}
         for k, i in enumerate(rows):

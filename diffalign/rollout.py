@@ -36,7 +36,6 @@ def collect(
     sampling: Sampling,
     kept: Sequence[int] = (),
     micro_batch: int = 8,
-    device: torch.device | str = "cpu",
 ) -> Rollout:
     """Sample one image for each entry of `prompts` and keep the transitions of the `kept` steps.
 
@@ -45,7 +44,7 @@ def collect(
         group: [B] prompt ids.
         seeds: [B] int64; the initial noise and then the noise of each stochastic step are drawn from it.
         kept: step indices that use `sampling.kernel` and are stored; the other steps are deterministic.
-        device: where stored transitions, latents and images live; samples are made `micro_batch` at a time.
+        micro_batch: samples made at a time; a memory knob.
     """
     texts = [m["prompt"] for m in prompts]
     cond = pipeline.encode(texts)
@@ -55,11 +54,8 @@ def collect(
     parts = []
     for rows in torch.arange(len(texts)).split(micro_batch):
         noise = generators(seeds[rows])
-        x = randn((len(rows), *shape), noise, cond.index.device)
-        parts.append([
-            t.to(device)
-            for t in _sample(pipeline, cond[rows], negative, x, sigmas, sampling, list(kept), noise)
-        ])  # fmt: skip
+        x = randn((len(rows), *shape), noise, pipeline.device)
+        parts.append(_sample(pipeline, cond[rows], negative, x, sigmas, sampling, list(kept), noise))
     x0, images, states, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Rollout(
         prompts=texts,

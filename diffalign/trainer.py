@@ -6,24 +6,21 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from diffalign import adapters, checkpoint, evaluation, pipelines, prompts, rewards
+from diffalign import adapters, evaluation, rewards
 from diffalign.advantages import group_advantages, weighted_sum
 from diffalign.algorithms import Algorithm
 from diffalign.config import Config, Sampling
-from diffalign.ema import EMA
 from diffalign.eval import report
-from diffalign.loading import save as save_config
 from diffalign.rollout import collect, sample_seed
-from diffalign.tracking import Tracker
+from diffalign.run import Run, export, prepare, save
 from diffalign.types import Conditioning, Denoiser, Rollout, UserError
 
 
@@ -49,25 +46,6 @@ class TrainedPolicy:
 
     def reference(self) -> AbstractContextManager[None]:
         return adapters.reference(self.pipeline)
-
-
-@dataclass
-class Run:
-    """Everything one training run holds."""
-
-    config: Config
-    folder: Path
-    accelerator: Accelerator
-    pipeline: Any
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    ema: EMA | None
-    scorers: dict[str, rewards.Scorer]
-    eval_scorers: dict[str, rewards.Scorer]
-    tracker: Tracker
-    train_prompts: list[dict[str, Any]]
-    test_prompts: list[dict[str, Any]] = field(default_factory=list)
-    epoch: int = 0
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -99,62 +77,6 @@ def train(config: Config, resume: str | None = None) -> Path:
         run.tracker.say(f"report: {report.write(run.folder)}")
     run.accelerator.wait_for_everyone()
     return run.folder
-
-
-def prepare(config: Config, resume: str | None) -> Run:
-    """Load the model, attach what is trained, restore a checkpoint."""
-    folder = Path(config.output)
-    start = find_checkpoint(folder, resume)
-    if config.model.dtype == "fp16":
-        raise UserError("model.dtype fp16 trains without loss scaling and its gradients underflow; use bf16 or fp32")
-    train_prompts = prompts.load(config.prompts.train)
-    test_prompts = prompts.load(config.prompts.test)[: config.evaluation.prompts] if config.prompts.test else []
-    accelerator = Accelerator(
-        cpu=config.model.device == "cpu", log_with=list(config.log_with) or None, project_dir=config.output
-    )
-    device = config.model.device or str(accelerator.device)
-    scorers = rewards.build(config.rewards, device)
-    same = {r.key: s for r, s in zip(config.rewards, scorers.values(), strict=True)}
-    eval_scorers = {
-        r.key: same[r.key] if r in config.rewards else rewards.build([r], device)[r.key]
-        for r in config.evaluation.rewards
-    }
-    pipeline: Any = pipelines.load(config.model.path, config.model.revision, config.model.dtype, device)
-    if config.adapter.name == "lora":
-        a = config.adapter
-        torch.manual_seed(config.seed)
-        adapters.add_lora(pipeline, a.rank, a.alpha, a.init, a.targets)
-    else:
-        adapters.add_full(pipeline, reference=config.algorithm.needs_reference)
-    parameters = {n: p for n, p in pipeline.network.named_parameters() if p.requires_grad}
-    t = config.trainer
-    optimizer = torch.optim.AdamW(parameters.values(), t.lr, t.betas, weight_decay=t.weight_decay)
-    ema = EMA(list(parameters.values()), t.ema) if t.ema else None
-    begun = checkpoint.load(start, parameters, optimizer, ema, config.model_dump(mode="json")) if start else 0
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    if config.log_with:
-        accelerator.init_trackers("diffalign", config={"run": config.output})
-    tracker = Tracker(accelerator, folder, t.epochs, begun)
-    return Run(
-        config, folder, accelerator, pipeline, parameters, optimizer, ema, scorers, eval_scorers, tracker,
-        train_prompts, test_prompts, begun,
-    )  # fmt: skip
-
-
-def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    found = checkpoint.finished(folder / "checkpoints")
-    if resume is None:
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(f"'{folder}' already holds a run; continue it with --resume auto or choose another output")
-        return None
-    if resume == "auto":
-        return found[-1] if found else None
-    if not (Path(resume) / "meta.json").is_file():
-        known = f"; the last one here is {found[-1]}" if found else ""
-        raise UserError(f"'{resume}' is no checkpoint{known}")
-    return Path(resume)
 
 
 def epoch(run: Run) -> None:
@@ -204,7 +126,6 @@ def sample(run: Run) -> tuple[Rollout, int]:
         c.sampling,
         c.algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
         t.micro_batch,
-        run.accelerator.device,
     )
     return rollout, len(pairs)
 
@@ -220,7 +141,7 @@ def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
     values = values.nan_to_num(0.0).clamp(-a.clip, a.clip)
     first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
     own = values[first : first + len(rollout)]
-    rollout.advantages = own.float().to(run.accelerator.device)
+    rollout.advantages = own.float().to(rollout.x0.device)
     _, row = group.unique(return_inverse=True)
     largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
     logged = {"zero_advantage_groups": float((largest == 0).double().mean())}
@@ -295,22 +216,3 @@ def held_out(run: Run) -> None:
     run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
     shown = "  ".join(f"{name} {values[f'reward/{name}']:.3f}" for name in run.eval_scorers)
     run.tracker.say(f"held-out, epoch {run.epoch}: {shown}")
-
-
-def save(run: Run) -> None:
-    if run.accelerator.is_main_process:
-        config = run.config.model_dump(mode="json")
-        keep = run.config.checkpoint.keep
-        folder = run.folder / "checkpoints"
-        checkpoint.save(folder, run.epoch, run.parameters, run.optimizer, run.ema, config, keep)
-
-
-def export(run: Run) -> None:
-    """What others load: a diffusers LoRA or a diffusers folder, of the averaged weights when there are any."""
-    shadow = dict(zip(run.parameters, run.ema.shadow, strict=True)) if run.ema is not None else None
-    if run.config.adapter.name == "lora":
-        adapters.export_lora(run.pipeline, run.folder / "lora", state=shadow)
-        if shadow is not None:
-            adapters.export_lora(run.pipeline, run.folder / "lora_live")
-    else:
-        adapters.export_full(run.pipeline, run.folder / "model", state=shadow)

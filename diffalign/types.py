@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one sentence that says how; the command line prints it and exits 2."""
+    """A mistake the user can mend. Its message, one sentence, says how; the command line prints it, exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Step:
     mean: Tensor  # [B, ...] fp32, mean of p(x_{i+1} | x_i)
     std: Tensor  # [B, 1, ...] actual Gaussian std of the transition; 0 for a deterministic one
     next: Tensor  # [B, ...] sampled, or given (then it is scored)
-    log_prob: Tensor  # [B] fp32, mean over latent dimensions; 0 where std is 0
+    log_prob: Tensor  # [B] fp32, mean over latent dimensions; 0 where std is 0 (except cps, see step)
     x0: Tensor  # [B, ...] clean prediction
 
 
@@ -108,6 +108,7 @@ class Pipeline(Protocol):
     """One model family seen by samplers and trainers. Latents are the model's own (VAE-scaled) ones."""
 
     schedule: Schedule
+    device: torch.device  # where latents are made and the network runs
     trainable: torch.nn.Module  # the denoising network; adapters are added to it
     lora_targets: tuple[str, ...]  # module-name suffixes of the papers' LoRA
 
@@ -117,8 +118,6 @@ class Pipeline(Protocol):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]: ...  # without the batch axis
 
-    def denoiser(
-        self, cond: Conditioning, guidance: float = 1.0, negative: Conditioning | None = None
-    ) -> Denoiser: ...
+    def denoiser(self, cond: Conditioning, guidance: float = 1.0, negative: Conditioning | None = None) -> Denoiser: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...  # [B, ...] -> [B, 3, H, W] in [0, 1]

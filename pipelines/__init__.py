@@ -58,8 +58,8 @@ def load(
         revision: branch, tag or commit of a hub id.
         dtype: 'fp32', 'bf16' or 'fp16': storage of the frozen weights and precision of the network's forward.
         device: 'cpu', 'cuda', 'cuda:1' ...; by default the GPU when there is one.
-        max_sequence_length: T5 tokens of the prompt. By default what diffusers uses (256 for SD3), but 0 for an
-            embedded model, which has no T5, and for a folder exported from one.
+        max_sequence_length: T5 tokens of the prompt; 0 does without T5 and does not load it. By default what diffusers
+            uses (256 for SD3), but 0 for an embedded model, whose T5 is empty, and for a folder exported from one.
 
     Raises UserError when the model cannot be found, reached, read or is of an unknown family.
     """
@@ -72,7 +72,7 @@ def load(
     if local and revision is not None:
         raise UserError(f"revision '{revision}' applies to hub ids only, and '{path}' is on this machine; leave it out")
     if max_sequence_length is None and local:
-        max_sequence_length = _remembered(Path(source), str(path) in embedded_names())
+        max_sequence_length = _remembered(Path(source))
     chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device '{device}' needs a GPU and PyTorch sees none; set device: cpu")
@@ -89,6 +89,7 @@ def load(
         dtypes: Any = {"default": torch_dtype, "vae": torch.float32}
         # A part saved as null, such as the T5 of an SD3 without it, must be passed as None.
         absent: Any = {name: None for name, part in config.items() if part == [None, None]}
+        absent |= dict.fromkeys(module.unused(max_sequence_length))
         pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtypes, **absent)
     except Exception as error:
         raise UserError(_unreadable(path, local, error)) from error
@@ -114,11 +115,9 @@ def _locate(path: str) -> tuple[str, bool]:
     return path, False
 
 
-def _remembered(folder: Path, embedded: bool) -> int | None:
+def _remembered(folder: Path) -> int | None:
     note = folder / SIDECAR
-    if note.is_file():
-        return int(json.loads(note.read_text())["max_sequence_length"])
-    return 0 if embedded else None
+    return int(json.loads(note.read_text())["max_sequence_length"]) if note.is_file() else None
 
 
 def _check_tokenizers(path: str | Path, pipe: Any) -> None:

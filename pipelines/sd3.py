@@ -39,6 +39,11 @@ LORA_TARGETS = (
 )
 
 
+def unused(max_sequence_length: int | None) -> tuple[str, ...]:
+    """Parts of the pipeline that need not be loaded."""
+    return ("text_encoder_3", "tokenizer_3") if max_sequence_length == 0 else ()
+
+
 def wrap(
     pipe: Any,
     dtype: torch.dtype,

@@ -151,8 +151,8 @@ def stretched(rng: random.Random) -> tuple[Object, np.ndarray]:
 
 
 def worn(rng: random.Random) -> tuple[Object, np.ndarray]:
-    """Corners rounded with a tenth of the radius: a morphological opening at eight times the resolution."""
-    o, k = one(rng), 8
+    """Corners rounded with a tenth of the radius: a morphological opening at four times the resolution."""
+    o, k = one(rng), 4
     image = Image.new("L", (SIZE * k, SIZE * k))
     ImageDraw.Draw(image).polygon([(k * x, k * y) for x, y in outline(o.shape, o.x, o.y, o.r)], fill=1)
     eroded = ndimage.distance_transform_edt(np.asarray(image)) > 0.1 * o.r * k
@@ -192,7 +192,7 @@ def merged(rng: random.Random) -> np.ndarray:
 
 
 def half_drawn(rng: random.Random) -> np.ndarray:
-    """Half of the object is missing, in any direction, but a triangle loses a corner: without a side it is a triangle."""
+    """Half of the object is missing, on any side; a triangle loses a corner, since one cut along a side stays one."""
     o = one(rng)
     toward = rng.choice((30, 150, 270)) + rng.uniform(-45, 45) if o.shape == "triangle" else rng.uniform(0, 360)
     return mix(render([o]), render([]), across(o, math.radians(toward)) + 0.5)

@@ -89,9 +89,7 @@ def test_a_run_writes_what_it_promises(run: Any, model: Path) -> None:
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["0001", "0002"]
     samples = json.loads((folder / "eval" / "0000.json").read_text())["samples"]
     assert len(samples) == 4 and len({s["seed"] for s in samples}) == 4
-    assert held_out[0]["reward/redness"] == pytest.approx(
-        sum(s["scores"]["redness"] for s in samples) / 4
-    )
+    assert held_out[0]["reward/redness"] == pytest.approx(sum(s["scores"]["redness"] for s in samples) / 4)
     pipe = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
     pipe.load_lora_weights(folder / "lora")
     assert any("lora" in name for name, _ in pipe.transformer.named_parameters())

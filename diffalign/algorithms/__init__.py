@@ -27,8 +27,11 @@ class Loss:
 class Policy(Protocol):
     """What a method may ask of the model in training."""
 
-    kernel: str
-    eta: float
+    @property
+    def kernel(self) -> str: ...
+
+    @property
+    def eta(self) -> float: ...
 
     def denoiser(self, cond: Conditioning) -> Denoiser:
         """The trained model with the guidance it was sampled with."""

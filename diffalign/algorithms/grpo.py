@@ -13,11 +13,11 @@ from diffalign.algorithms import Algorithm, Loss, Policy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffalign.types import Rollout, Step
+    from diffalign.types import Denoiser, Rollout, Step
 
 
 class Window(BaseModel):
-    """Only `size` neighbouring steps are stochastic and trained (Flow-GRPO-Fast); where they begin is drawn each epoch."""
+    """Only `size` neighbouring steps are stochastic and trained (Flow-GRPO-Fast); their start is drawn each epoch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -81,20 +81,13 @@ class GRPO(Algorithm):
         return (rollout.advantages != 0) | self.needs_reference
 
     def losses(self, policy: Policy, batch: Rollout) -> Iterator[Loss]:
-        from diffalign.samplers import step
-
         assert batch.states is not None and batch.log_probs is not None and batch.advantages is not None
         denoiser = policy.denoiser(batch.cond)
         for k, i in enumerate(batch.kept.tolist()):
             x, x_next = batch.states[:, k, 0], batch.states[:, k, 1]
             s, s_next = batch.sigmas[i], batch.sigmas[i + 1]
 
-            def score(x: Tensor = x, x_next: Tensor = x_next, s: Tensor = s, s_next: Tensor = s_next) -> tuple[Step, Tensor]:
-                x0, eps = denoiser.predict(x, s)
-                taken = step(denoiser.schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=x_next)
-                return taken, eps - x0
-
-            taken, velocity = score()
+            taken, velocity = score(denoiser, policy, x, x_next, s, s_next)
             old = taken.log_prob.detach()
             ratio = (taken.log_prob - old).exp()
             loss = policy_loss(batch.advantages, ratio, self.clip)
@@ -107,7 +100,7 @@ class GRPO(Algorithm):
                 import torch
 
                 with torch.no_grad(), policy.reference():
-                    reference, reference_velocity = score()
+                    reference, reference_velocity = score(denoiser, policy, x, x_next, s, s_next)
                 if self.kl.norm == "velocity":
                     kl = (velocity - reference_velocity).square().flatten(1).mean(1)
                 else:
@@ -117,6 +110,16 @@ class GRPO(Algorithm):
                 loss = loss + self.kl.weight * kl
                 metrics["kl"] = kl.detach()
             yield Loss(loss / len(batch.kept), {name: m / len(batch.kept) for name, m in metrics.items()})
+
+
+def score(
+    denoiser: Denoiser, policy: Policy, x: Tensor, x_next: Tensor, s: Tensor, s_next: Tensor
+) -> tuple[Step, Tensor]:
+    """The stored transition x -> x_next under the current weights, and the velocity eps - x0 at x."""
+    from diffalign.samplers import step
+
+    x0, eps = denoiser.predict(x, s)
+    return step(denoiser.schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=x_next), eps - x0
 
 
 def policy_loss(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

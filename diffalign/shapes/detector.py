@@ -1,8 +1,8 @@
 """The exact detector of the shapes world: what a verifiable GenEval reward reads off a picture.
 
 Colour. A pixel of an anti-aliased object of colour c lies on the line background -> c, at the fraction of the pixel
-that the object covers. Each pixel goes to the nearest of the six lines; its place there is the coverage, and its distance
-from the line says how impure it is.
+that the object covers. Each pixel goes to the nearest of the six lines; its place there is the coverage, and its
+distance from the line says how impure it is.
 
 Shape. Area and centroid of a component's coverage fix centre and radius of each candidate, since all four shapes have
 their centroid at the centre. The candidate's ideal coverage is then compared with the one seen: the score is the soft
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from diffalign.shapes.world import BACKGROUND, COLORS, SHAPES, _polygon
+from diffalign.shapes.world import BACKGROUND, COLORS, SHAPES, polygon
 
 MIN_AREA = 12.0  # px of coverage
 FOREGROUND = 70.0  # distance from the background in RGB; a pixel beyond it belongs to a component
@@ -65,7 +65,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             r = 0.88 * _UNIT  # as the renderer draws it
             draw.ellipse((_HALF - r, _HALF - r, _HALF + r, _HALF + r), fill=1)
         else:
-            draw.polygon(_polygon(shape, _HALF, _HALF, _UNIT), fill=1)
+            draw.polygon(polygon(shape, _HALF, _HALF, _UNIT), fill=1)
         mask = np.asarray(image)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         tables.append(np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0))))
@@ -82,9 +82,7 @@ def _edges(n: int, centre: float, r: np.ndarray, blur: np.ndarray) -> tuple[np.n
     return np.minimum(np.maximum(at, 0), 2 * _HALF), at[:, n:] - at[:, :n]
 
 
-def _ideal(
-    shape: np.ndarray, size: tuple[int, int], x: float, y: float, r: np.ndarray, blur: np.ndarray
-) -> np.ndarray:
+def _ideal(shape: np.ndarray, size: tuple[int, int], x: float, y: float, r: np.ndarray, blur: np.ndarray) -> np.ndarray:
     """Coverage [k, height, width] by k shapes (indices) of centre (x, y) and radii r [k], averaged over boxes of
     `blur` [k] px."""
     height, width = size
@@ -98,8 +96,9 @@ def _ideal(
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Soft intersection over union of a [h, w] with each of b [k, h, w]."""
-    both: np.ndarray = np.minimum(a, b).sum((1, 2))
-    return both / np.asarray(a.sum() + b.sum((1, 2)) - both)
+    both = np.minimum(a, b).sum((1, 2))
+    iou: np.ndarray = both / (a.sum() + b.sum((1, 2)) - both)
+    return iou
 
 
 def _lines(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

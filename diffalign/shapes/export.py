@@ -1,4 +1,4 @@
-"""From trained networks to the folders that ship: `tiny-sd3` for diffusers, `tiny-clip` for transformers, a model card."""
+"""From trained networks to the folders that ship: `tiny-sd3` (diffusers), `tiny-clip` (transformers), a model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from diffalign.shapes import prompts, world
+from diffalign.pipelines import SIDECAR
+from diffalign.shapes import networks, prompts, world
 from diffalign.shapes.prompts import TAGS
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def pipeline(
     """The trained parts as a diffusers pipeline; latents are shifted and scaled to zero mean and unit variance."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+    text_encoder_3, tokenizer_3 = networks.silent_t5()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     parts = {
         "transformer": transformer,
@@ -51,19 +53,22 @@ def pipeline(
         "tokenizer": words,
         "text_encoder_2": models["second"],
         "tokenizer_2": words,
-        "text_encoder_3": None,
-        "tokenizer_3": None,
+        "text_encoder_3": text_encoder_3,
+        "tokenizer_3": tokenizer_3,
     }
     return StableDiffusion3Pipeline(**parts)
 
 
-def export(output: Path, pipe: StableDiffusion3Pipeline, models: nn.ModuleDict, words: CLIPTokenizer, log: Path) -> None:
+def export(
+    output: Path, pipe: StableDiffusion3Pipeline, models: nn.ModuleDict, words: CLIPTokenizer, log: Path
+) -> None:
     """Write all folders in fp16 beside `output` and put them in its place when they are complete."""
     from transformers import CLIPImageProcessor
 
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(temporary / "tiny-sd3")
+    (temporary / "tiny-sd3" / SIDECAR).write_text(json.dumps({"max_sequence_length": 0}) + "\n")
     side = {"height": world.SIZE, "width": world.SIZE}
     processor = CLIPImageProcessor(
         size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=CLIP_MEAN, image_std=CLIP_STD
@@ -77,12 +82,12 @@ def export(output: Path, pipe: StableDiffusion3Pipeline, models: nn.ModuleDict, 
 
 
 def measure(folder: Path, micro_batch: int = 64) -> dict[str, dict[str, float]]:
-    """{'strict' | 'correct': {tag or 'overall': mean}} of 240 held-out prompts x 4 images, overall = mean of the tags."""
+    """{'strict' | 'correct': {tag: mean, 'overall': mean of the tags}} of 240 held-out prompts x 4 images."""
     from diffalign import pipelines, rewards
     from diffalign.config import Sampling
     from diffalign.rollout import collect, sample_seed
 
-    loaded = pipelines.load(folder, max_sequence_length=0)
+    loaded = pipelines.load(folder)
     sampling = Sampling(steps=STEPS, kernel="ode", eta=0.0, height=world.SIZE, width=world.SIZE)
     test = prompts.test_prompts()
     pairs = [(p, j) for p in range(len(test)) for j in range(IMAGES_PER_PROMPT)]

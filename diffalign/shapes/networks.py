@@ -11,7 +11,14 @@ from diffalign.shapes.world import SIZE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
 
 LATENT_CHANNELS = 8
 TEXT_WIDTH = 96  # per encoder; the transformer sees both, 192
@@ -68,15 +75,28 @@ def clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         patch_size=8,
     )
     text = _text_config(tokenizer, 3, "quick_gelu")
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH)
-    )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH))
 
 
-def text_encoder(tokenizer: CLIPTokenizer, layers: int = 3, activation: str = "quick_gelu") -> CLIPTextModelWithProjection:
+def text_encoder(tokenizer: CLIPTokenizer, layers: int, activation: str) -> CLIPTextModelWithProjection:
     from transformers import CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(_text_config(tokenizer, layers, activation))
+
+
+def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 whose output is zero, as where StableDiffusion3Pipeline has none: diffusers loads no folder without one."""
+    import string
+
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in string.ascii_lowercase)]
+    words = T5Tokenizer(vocab=pieces, extra_ids=0)
+    model = T5EncoderModel(
+        T5Config(vocab_size=len(words), d_model=2 * TEXT_WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    )
+    nn.init.zeros_(model.encoder.final_layer_norm.weight)
+    return model.eval().requires_grad_(False), words
 
 
 def transformer() -> SD3Transformer2DModel:

@@ -170,9 +170,7 @@ def main() -> None:
         latents = torch.load(stored, weights_only=True)
         hidden, pooled = (t.float() for t in encode_text(models, ids))
     shift, scale = latents.mean().item(), 1 / latents.std().item()
-    transformer = fit_transformer(
-        (latents - shift) * scale, data, hidden, pooled, arguments.work, arguments.compile
-    )
+    transformer = fit_transformer((latents - shift) * scale, data, hidden, pooled, arguments.work, arguments.compile)
     pipe = pipeline(words, vae, models, transformer, shift, scale)
     export(arguments.output, pipe, models, words, arguments.work / "log.jsonl")
     scores = measure(arguments.output / "tiny-sd3")

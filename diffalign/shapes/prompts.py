@@ -76,7 +76,8 @@ def is_held_out(meta: Metadata) -> bool:
         return True
     if any((i["count"], i["class"]) in HELD_OUT_COUNT_SHAPE for i in include):
         return True
-    return any((i["position"][0], i["class"], include[0]["class"]) in HELD_OUT_RELATION for i in include if "position" in i)
+    related = [i for i in include if "position" in i]
+    return any((i["position"][0], i["class"], include[0]["class"]) in HELD_OUT_RELATION for i in related)
 
 
 def _split() -> tuple[list[Metadata], list[Metadata]]:

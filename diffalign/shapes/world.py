@@ -35,7 +35,7 @@ class Object:
     r: float  # its radius, px
 
 
-def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
+def polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
     if shape == "square":
         k = r * math.sqrt(0.5)
         return [(x - k, y - k), (x + k, y - k), (x + k, y + k), (x - k, y + k)]
@@ -60,7 +60,7 @@ def render(objects: Sequence[Object]) -> np.ndarray:
             r *= 0.88  # about the area of the other shapes of this radius
             draw.ellipse((x - r, y - r, x + r, y + r), fill=COLORS[o.color])
         else:
-            draw.polygon(_polygon(o.shape, x, y, r), fill=COLORS[o.color])
+            draw.polygon(polygon(o.shape, x, y, r), fill=COLORS[o.color])
     return np.asarray(image.reduce(k))
 
 
