@@ -81,8 +81,8 @@ def load(
         was, now = meta["config"][key][field], config[key][field]
         if was != now:
             raise UserError(
-                f"checkpoint '{path}' was trained with {key} {was}, this run has {now}; resume with the same, or choose "
-                "another output folder"
+                f"checkpoint '{path}' was trained with {key} {was}, this run has {now}; resume with the same, or "
+                "choose another output folder"
             )
     weights = load_file(path / "weights.safetensors")
     _copy(parameters, weights, path)

@@ -137,6 +137,7 @@ def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
     parts: list[dict[str, Tensor]] = gather_object([mine])
     every = {name: torch.cat([part[name] for part in parts]) for name in mine}
     group = every.pop("group")
+    rewards.refuse_silence(every, rollout.prompts)
     values = group_advantages(weighted_sum(every, weights), group, a.std, a.ddof, a.eps)
     values = values.nan_to_num(0.0).clamp(-a.clip, a.clip)
     first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])

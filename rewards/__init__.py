@@ -135,10 +135,7 @@ def score(
     metadata: Sequence[Mapping[str, Any]],
     batch: int,
 ) -> dict[str, Tensor]:
-    """Every reward's scores [B] fp32 on the images' device; at most `batch` images are scored at once.
-
-    Raises UserError when a reward applies to none of the prompts, as that hides a mistake in the prompt set.
-    """
+    """Every reward's scores [B] fp32 on the images' device; at most `batch` images are scored at once."""
     import torch
 
     scores: dict[str, Tensor] = {}
@@ -148,9 +145,14 @@ def score(
             for i in range(0, len(prompts), batch)
         ]
         scores[name] = torch.cat(parts)
-        if scores[name].detach().isnan().all():
+    return scores
+
+
+def refuse_silence(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+    """UserError when a reward, [B] over all processes, applies to none of the prompts: the set lacks something."""
+    for name, values in scores.items():
+        if values.isnan().all():
             raise UserError(
-                f"reward '{name}' applies to none of the {len(prompts)} images (first prompt: {prompts[0]!r}); "
+                f"reward '{name}' applies to none of the {len(values)} images (first prompt: {prompts[0]!r}); "
                 "check that the prompt set carries the metadata it needs"
             )
-    return scores

@@ -51,14 +51,15 @@ class Geneval(Reward):
 
 
 def observe(image: np.ndarray) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, list[str]]]:
-    """image uint8 [H, W, 3] -> (objects, colors) in GenEval's form; malformed shapes are under the class ""."""
+    """image uint8 [H, W, 3] -> (objects, colors) in GenEval's form; malformed or two-coloured ones have class ""."""
     from diffalign.shapes.detector import detect
 
     objects: dict[str, list[tuple[float, ...]]] = {}
     colors: dict[str, list[str]] = {}
     for found in sorted(detect(image), key=lambda d: -d.score):
-        objects.setdefault(found.shape, []).append((*found.box, found.score))
-        colors.setdefault(found.shape, []).append(found.color)
+        name = found.shape if found.color else ""
+        objects.setdefault(name, []).append((*found.box, found.score))
+        colors.setdefault(name, []).append(found.color)
     return objects, colors
 
 

@@ -68,7 +68,9 @@ def here(name: str) -> str:
 
 
 def score_one(name: str, batch: int = 2) -> Tensor:
-    return rewards.score(rewards.build([here(name)]), IMAGES, PROMPTS, BLANK, batch)[name]
+    scores = rewards.score(rewards.build([here(name)]), IMAGES, PROMPTS, BLANK, batch)
+    rewards.refuse_silence(scores, PROMPTS)
+    return scores[name]
 
 
 def test_import_is_free_of_torch() -> None:

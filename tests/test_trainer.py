@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from diffalign import loading, trainer
 from diffalign.ema import EMA
+from diffalign.tracking import Tracker
 from diffalign.types import UserError
 
 SETTINGS = """
@@ -116,7 +117,7 @@ def test_resume_is_exact(run: Any) -> None:
 
 def test_an_interrupt_loses_no_finished_epoch(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run("whole", "trainer.epochs=3")
-    advance = trainer.Tracker.advance
+    advance = Tracker.advance
 
     def stop_after_two(self: Any, text: str) -> None:
         advance(self, text)
@@ -124,7 +125,7 @@ def test_an_interrupt_loses_no_finished_epoch(run: Any, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Tracker, "advance", stop_after_two)
+        patch.setattr(Tracker, "advance", stop_after_two)
         run("stopped", "trainer.epochs=3", "checkpoint.every=0")
     stopped = run("stopped", "trainer.epochs=3", "checkpoint.every=0", resume="auto")
     assert_same(weights(whole, 3), weights(stopped, 3), 0.0)

@@ -2,7 +2,7 @@
 
 Metadata has GenEval's own form (arXiv 2310.11513): `tag`, `include`, `exclude`, `prompt`. Pre-training sees every
 combination; alignment trains on `train_prompts()`, where some (colour, shape), (count, shape) and (relation, shape,
-shape) combinations never occur, and is judged on `test_prompts()`, half of which contain one of them.
+shape) combinations never occur, and is judged on `test_prompts()`, 39 % of which contain one of them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ COUNTS = {2: "two", 3: "three", 4: "four"}
 OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
 HELD_OUT_COLOR_SHAPE = {("red", "star"), ("green", "square"), ("blue", "triangle"), ("orange", "circle")}
 HELD_OUT_COUNT_SHAPE = {(3, "circle"), (4, "triangle"), (2, "star")}
-HELD_OUT_RELATION = {
+HELD_OUT_RELATION = {  # each in both wordings
     ("left of", "circle", "star"),
+    ("right of", "star", "circle"),
     ("right of", "square", "triangle"),
+    ("left of", "triangle", "square"),
     ("above", "triangle", "circle"),
+    ("below", "circle", "triangle"),
     ("below", "star", "square"),
+    ("above", "square", "star"),
 }
 TEST_COUNTS = {"single_object": 8, "two_object": 24, "counting": 52, "colors": 52, "position": 52, "color_attr": 52}
 TRAIN_COUNTS = {"single_object": 8, "two_object": 24, "counting": 80, "colors": 44, "position": 160, "color_attr": 160}
@@ -81,8 +85,8 @@ def is_held_out(meta: Metadata) -> bool:
 
 
 def _split() -> tuple[list[Metadata], list[Metadata]]:
-    """Half of each category's test prompts hold a held-out combination where there are enough; the rest are unseen
-    wordings of seen combinations. Both lists alternate between categories, so that any beginning is balanced."""
+    """Up to half of each category's test prompts hold a held-out combination, as far as there are any; the rest are
+    unseen wordings of seen combinations. Both lists alternate between categories, so that any beginning is balanced."""
     rng = random.Random(20261121)
     train: dict[str, list[Metadata]] = {}
     test: dict[str, list[Metadata]] = {}

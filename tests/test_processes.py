@@ -1,0 +1,53 @@
+"""Two processes give the weights that one gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+from diffalign import loading, trainer
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = """
+model: {{path: {model}, device: cpu}}
+output: {output}
+prompts: {{train: shapes-train, test: shapes-test}}
+sampling: {{steps: 4, kernel: cps, eta: 0.7, height: 32, width: 32}}
+algorithm: {{name: grpo, window: {{size: 2, range: [0, 3]}}, kl: {{weight: 0.1}}}}
+rewards: [jpeg]
+adapter: {{name: lora, rank: 4, alpha: 8}}
+trainer: {{epochs: 2, prompts: 1, images_per_prompt: 3, micro_batch: 2, lr: 1e-3, ema: 0.9}}
+evaluation: {{every: 2, prompts: 3, images_per_prompt: 1, steps: 2}}
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Three images of one prompt over two processes: the shares are uneven and a group spans both."""
+    model = tiny_models.sd3_folder(tmp_path / "sd3")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(SETTINGS.format(model=model, output=tmp_path / name))
+    trainer.train(loading.load(str(tmp_path / "one.yaml")))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "diffalign", "train", "two.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / n / "checkpoints" / "0002" / "weights.safetensors") for n in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+    assert (tmp_path / "two" / "report.html").is_file()
