@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor
 
 from diffalign import rewards
+from diffalign.images import grid, save_png
 from diffalign.rollout import collect, sample_seed
 from diffalign.types import Pipeline
 
@@ -24,21 +24,6 @@ if TYPE_CHECKING:
 
 SEED_EPOCH = 2**32 - 1  # an epoch number that training never reaches
 SHOWN = 24  # images stored for the report
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> 8-bit RGB."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size, row by row, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
 
 
 def evaluate(
@@ -50,12 +35,12 @@ def evaluate(
     seed: int,
     micro_batch: int,
     accelerator: Accelerator,
-) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """(samples, images): one entry per prompt and image in order, on every process; images of the first ones shown."""
     pairs = [(p, j) for p in range(len(prompts)) for j in range(images_per_prompt)]
     mine = torch.arange(len(pairs)).tensor_split(accelerator.num_processes)[accelerator.process_index].tolist()
     samples: list[dict[str, Any]] = []
-    shown: list[tuple[int, Image.Image]] = []
+    shown: list[tuple[int, Tensor]] = []
     for start in range(0, len(mine), micro_batch):
         rows = mine[start : start + micro_batch]
         metadata = [dict(prompts[pairs[i][0]]) for i in rows]
@@ -73,22 +58,22 @@ def evaluate(
                 "scores": {name: float(values[k]) for name, values in scores.items()},
             })  # fmt: skip
             if i < SHOWN * images_per_prompt and i % images_per_prompt == 0:
-                shown.append((i, to_pil(batch.images[k])))
+                shown.append((i, batch.images[k].cpu()))
     every = sorted(gather_object(samples), key=lambda s: s["index"])
     pictures = sorted(gather_object(shown), key=lambda s: s[0])
     return every, [image for _, image in pictures]
 
 
 def write(
-    folder: Path, epoch: int, samples: list[dict[str, Any]], images: list[Image.Image], steps: int, began: float
+    folder: Path, epoch: int, samples: list[dict[str, Any]], images: list[Tensor], steps: int, began: float
 ) -> None:
     """`eval/NNNN.json`, `images/eval_NNNN.png` and the single images, each whole or not at all."""
     singles = folder / "images" / f"eval_{epoch:04d}"
     singles.mkdir(parents=True, exist_ok=True)
     (folder / "eval").mkdir(exist_ok=True)
     for i, image in enumerate(images):
-        image.save(singles / f"{i:03d}.png")
-    grid(images, 6).save(folder / "images" / f"eval_{epoch:04d}.png")
+        save_png(image, singles / f"{i:03d}.png")
+    save_png(grid(torch.stack(images), 6), folder / "images" / f"eval_{epoch:04d}.png")
     stored = {"epoch": epoch, "steps": steps, "seconds": round(time.monotonic() - began, 3), "samples": samples}
     path = folder / "eval" / f"{epoch:04d}.json"
     temporary = path.with_suffix(".tmp")

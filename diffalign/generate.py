@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.config import Sampling
+from diffalign.images import grid, save_png
 from diffalign.rollout import collect, sample_seed
 from diffalign.types import Pipeline, UserError
 
@@ -60,25 +59,6 @@ def generate(
     path = folder / "grid.png"
     save_png(grid(torch.stack(shown), images if len(prompts) > 1 else round(images**0.5)), path)
     return path
-
-
-def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """[N, 3, H, W] -> one image [3, rows (H + gap) - gap, columns (W + gap) - gap], filled row by row on white."""
-    n, c, h, w = images.shape
-    rows = -(-n // columns)
-    out = images.new_ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
-    for i, image in enumerate(images):
-        top, left = i // columns * (h + gap), i % columns * (w + gap)
-        out[:, top : top + h, left : left + w] = image
-    return out
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """Write [3, H, W] in [0, 1] as 8-bit PNG, whole or not at all."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    os.replace(temporary, path)
 
 
 def native_size(pipe: Any) -> int:

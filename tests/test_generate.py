@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.config import Sampling
-from diffalign.generate import generate, grid, native_size, save_png
+from diffalign.generate import generate, native_size
+from diffalign.images import grid, save_png
 from diffalign.schedules import RectifiedFlow
 from diffalign.types import Conditioning, UserError
 

@@ -1,0 +1,68 @@
+"""Pictures of a finished run for the documentation: `python docs/figures.py runs/shapes_demo` fills docs/images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from diffalign.eval.charts import Series, chart
+from diffalign.eval.comparison import mean_score
+from diffalign.eval.run_folder import Run, read
+
+FOLDER = Path(__file__).parent / "images"
+COLUMNS, SIDE, GAP, TEXT = 6, 128, 10, 34
+STYLE = (
+    "<style>svg{background:#fff;font-family:system-ui,sans-serif}.grid{stroke:#e4e2dc}.axis{stroke:#999}"
+    ".tick{font-size:11px;fill:#555}.reference{stroke:#999;stroke-dasharray:4 4}.line{fill:none;stroke-width:2}"
+    ".train{stroke:#b9c4d6;fill:none}.held{stroke:#c8502c}.dot{stroke:none}.dot.train{fill:#b9c4d6}.dot.held{fill:#c8502c}"
+    ".whisker{stroke-width:1.5}</style>"
+)
+
+
+def wrapped(text: str, width: int = 22) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def before_after(run: Run, metric: str, count: int = 12) -> Image.Image:
+    """Two rows a block, before above after, one held-out prompt a column; a green frame where the score is 1."""
+    assert run.base is not None and run.final is not None
+    pictures = {e.epoch: run.images(e) for e in (run.base, run.final)}
+    shown = sorted(pictures[run.base.epoch])[:count]
+    blocks = -(-len(shown) // COLUMNS)
+    high = 2 * (SIDE + GAP) + TEXT
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, blocks * (high + GAP) + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for k, sample in enumerate(shown):
+        x, y = GAP + k % COLUMNS * (SIDE + GAP), GAP + k // COLUMNS * (high + GAP)
+        draw.multiline_text((x, y), wrapped(run.base.samples[sample].prompt), "#222", font, spacing=2)
+        for row, evaluation in enumerate((run.base, run.final)):
+            top = y + TEXT + row * (SIDE + GAP)
+            picture = Image.open(pictures[evaluation.epoch][sample]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (x, top))
+            right = evaluation.samples[sample].score(metric) == 1
+            draw.rectangle(
+                (x - 2, top - 2, x + SIDE + 1, top + SIDE + 1), outline="#2a9d4a" if right else "#d8d5cd", width=3
+            )
+    return sheet
+
+
+def curve(run: Run, metric: str) -> str:
+    """Held-out score over epochs, and the training reward behind it."""
+    held = Series([e.epoch for e in run.evaluations], [mean_score(e, metric) for e in run.evaluations], "held")
+    train = Series([line["epoch"] for line in run.train], run.column(f"reward/{metric}"), "train")
+    drawn = str(chart([train, held], label=f"{metric} over epochs", width=640, height=300))
+    return drawn.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(">", f">{STYLE}", 1)
+
+
+if __name__ == "__main__":
+    finished, name = read(sys.argv[1]), "geneval"
+    FOLDER.mkdir(exist_ok=True)
+    before_after(finished, name).save(FOLDER / "before_after.png", optimize=True)
+    (FOLDER / "grpo_curve.svg").write_text(curve(finished, name), "utf-8")
