@@ -94,4 +94,5 @@ def _sample(
     empty = x.new_empty(len(x), 0)
     kept_states = torch.stack(states, 1) if states else empty
     kept_log_probs = torch.stack(log_probs, 1) if log_probs else empty
-    return x, pipeline.decode(x), kept_states, kept_log_probs
+    # Images are the largest part and the network never needs them again: they do not stay on the accelerator.
+    return x, pipeline.decode(x).cpu(), kept_states, kept_log_probs

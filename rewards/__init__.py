@@ -64,6 +64,7 @@ class Scorer:
 
     reward: Reward
     head: Head
+    device: torch.device | str  # where the head runs; images may be stored elsewhere
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """images [B, 3, H, W] in [0, 1] -> RewardOutput with scores [B] fp32 on the images' device.
@@ -73,7 +74,7 @@ class Scorer:
         import torch
 
         name = self.reward.key
-        output = self.head(images, prompts, metadata)
+        output = self.head(images.to(self.device), prompts, metadata)
         scores, extra = (output.scores, output.extra) if isinstance(output, RewardOutput) else (output, {})
         try:
             scores = torch.as_tensor(scores, device=images.device)
@@ -125,7 +126,7 @@ def build(entries: Sequence[str | Mapping[str, Any] | Reward], device: torch.dev
         if reward.key in rewards:
             raise UserError(f"two rewards are called '{reward.key}'; give one of them a label")
         rewards[reward.key] = reward
-    return {key: Scorer(reward, reward.setup(device)) for key, reward in rewards.items()}
+    return {key: Scorer(reward, reward.setup(device), device) for key, reward in rewards.items()}
 
 
 def score(
