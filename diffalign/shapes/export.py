@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from diffalign.pipelines import SIDECAR
 from diffalign.shapes import networks, prompts, world
@@ -38,7 +37,7 @@ def first_text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
 
 
 def pipeline(
-    words: CLIPTokenizer, vae: Any, models: nn.ModuleDict, transformer: Any, shift: float, scale: float
+    words: CLIPTokenizer, vae: Any, models: Any, transformer: Any, shift: float, scale: float
 ) -> StableDiffusion3Pipeline:
     """The trained parts as a diffusers pipeline; latents are shifted and scaled to zero mean and unit variance."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -59,9 +58,7 @@ def pipeline(
     return StableDiffusion3Pipeline(**parts)
 
 
-def export(
-    output: Path, pipe: StableDiffusion3Pipeline, models: nn.ModuleDict, words: CLIPTokenizer, log: Path
-) -> None:
+def export(output: Path, pipe: StableDiffusion3Pipeline, models: Any, words: CLIPTokenizer, log: Path) -> None:
     """Write all folders in fp16 beside `output` and put them in its place when they are complete."""
     from transformers import CLIPImageProcessor
 

@@ -10,6 +10,7 @@ import argparse
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from diffalign.shapes import networks, prompts, tokenizer, world
 from diffalign.shapes.export import CLIP_MEAN, CLIP_STD, export, first_text_encoder, measure, pipeline, write_card
 from diffalign.shapes.fitting import Fit, Losses, atomic_save, batches, fit
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 SCENES = 100_000
 SEED = 20261121
@@ -51,7 +55,7 @@ def draw_scenes(n: int, seed: int) -> Data:
     return Data(torch.from_numpy(images), list(rows), torch.tensor(text), torch.tensor(meaning))
 
 
-def fit_vae(data: Data, folder: Path) -> nn.Module:
+def fit_vae(data: Data, folder: Path) -> Any:
     """L1 + MSE reconstruction with a light KL, then latents are scaled to zero mean and unit variance."""
     vae = networks.vae().to(memory_format=torch.channels_last)
 
@@ -76,9 +80,9 @@ def contrastive(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Ten
     return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
 
 
-def fit_clip(data: Data, ids: Tensor, words: networks.CLIPTokenizer, folder: Path) -> nn.ModuleDict:
+def fit_clip(data: Data, ids: Tensor, words: CLIPTokenizer, folder: Path) -> Any:
     """Two text encoders of different depth and activation against one image tower."""
-    models = nn.ModuleDict({"clip": networks.clip(words), "second": networks.text_encoder(words, 4, "gelu")})
+    models: Any = nn.ModuleDict({"clip": networks.clip(words), "second": networks.text_encoder(words, 4, "gelu")})
     clip, second = models["clip"], models["second"]
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
 
@@ -98,7 +102,7 @@ def fit_clip(data: Data, ids: Tensor, words: networks.CLIPTokenizer, folder: Pat
     return models.eval().requires_grad_(False)
 
 
-def encode_text(models: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
+def encode_text(models: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """As StableDiffusion3Pipeline does: penultimate hidden states side by side, pooled projections side by side."""
     encoders = [first_text_encoder(models["clip"]), models["second"]]
     hidden, pooled = [], []
@@ -109,9 +113,7 @@ def encode_text(models: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(hidden, -1), torch.cat(pooled, -1)
 
 
-def fit_transformer(
-    latents: Tensor, data: Data, hidden: Tensor, pooled: Tensor, folder: Path, compiled: bool
-) -> nn.Module:
+def fit_transformer(latents: Tensor, data: Data, hidden: Tensor, pooled: Tensor, folder: Path, compiled: bool) -> Any:
     """Rectified flow, logit-normal times, one prompt in ten dropped (the last row of `hidden` is the empty prompt).
 
     Every 32nd batch sees the 256 zero tokens that StableDiffusion3Pipeline appends when there is no T5, so that a plain
