@@ -13,7 +13,7 @@ help:  ## Show the targets
 env: $(STAMP)  ## Create .venv with everything that tests and the demo need
 
 demo: $(STAMP)  ## Align the embedded model on shapes: minutes on two CPU cores, nothing to download
-	$(BIN)/python -m diffalign train configs/shapes_demo.yaml
+	$(BIN)/python -m diffalign train configs/shapes_demo.yaml --resume auto
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest

@@ -10,11 +10,17 @@ from torch import Tensor
 from diffalign.types import UserError
 
 
-def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """sum_k w_k r_k over the rewards that apply to a sample, [B] float64; NaN where none does."""
+def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor) -> Tensor:
+    """sum_k w_k r_k over the rewards that apply to a sample's prompt, [B] float64; NaN where none does.
+
+    A sample that lacks a reward which others of its group have is NaN: a failed judgement is not a low one.
+    """
     stacked = torch.stack([rewards[name].double() * weights[name] for name in rewards])
-    total = stacked.nansum(0)
-    return total.masked_fill(stacked.isnan().all(0), torch.nan)
+    _, row = group.unique(return_inverse=True)
+    valid = ~stacked.isnan()
+    applies = stacked.new_zeros(len(stacked), int(row.max()) + 1).index_add_(1, row, valid.double())[:, row] > 0
+    complete = (valid == applies).all(0) & applies.any(0)
+    return stacked.nansum(0).masked_fill(~complete, torch.nan)
 
 
 def group_advantages(rewards: Tensor, group: Tensor, std: str = "global", ddof: int = 0, eps: float = 1e-4) -> Tensor:

@@ -16,9 +16,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffalign import __version__
+from diffalign.algorithms import Memory
 from diffalign.ema import EMA
 from diffalign.types import UserError
 
+# What cannot change on the way without making the run's curve and its comparison with epoch 0 meaningless.
+SAME = (
+    "model.path",
+    "algorithm.name",
+    "adapter",
+    "seed",
+    "prompts",
+    "evaluation.prompts",
+    "evaluation.images_per_prompt",
+    "evaluation.steps",
+    "evaluation.guidance",
+)
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -28,6 +42,7 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
+    memory: Memory,
     config: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -42,27 +57,37 @@ def save(
     if ema is not None:
         shadow = dict(zip(parameters, ema.shadow, strict=True))
         save_file({name: t.cpu().contiguous() for name, t in shadow.items()}, temporary / "ema.safetensors")
+    save_file({name: t.cpu().contiguous() for name, t in memory.state_dict().items()}, temporary / "memory.safetensors")
     torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     meta = {
         "epoch": epoch,
         "ema_updates": ema.updates if ema is not None else 0,
         "config": config,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"diffalign": __version__, **{name: version(name) for name in PACKAGES}},
     }
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-    if path.exists():
-        shutil.rmtree(path)
+    remove(path)
     os.replace(temporary, path)
     for old in finished(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return path
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; it stops counting as one before its files go."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def finished(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / "meta.json").is_file())
+    found = [p for p in folder.iterdir() if p.name.isdigit() and (p / "meta.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name))
 
 
 def load(
@@ -70,15 +95,16 @@ def load(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
+    memory: Memory,
     config: dict[str, Any],
 ) -> int:
-    """Restore everything in place and return the number of finished epochs.
+    """Restore everything in place and return the number of finished epochs; lr, betas and weight decay stay as given.
 
-    Raises UserError when the checkpoint is of another model, algorithm or adapter.
+    Raises UserError when the checkpoint differs in one of `SAME`.
     """
     meta = json.loads((path / "meta.json").read_text("utf-8"))
-    for key, field in (("model", "path"), ("algorithm", "name"), ("adapter", "name")):
-        was, now = meta["config"][key][field], config[key][field]
+    for key in SAME:
+        was, now = _value(meta["config"], key), _value(config, key)
         if was != now:
             raise UserError(
                 f"checkpoint '{path}' was trained with {key} {was}, this run has {now}; resume with the same, or "
@@ -93,8 +119,18 @@ def load(
         for shadow, name in zip(ema.shadow, parameters, strict=True):
             shadow.copy_(average[name])
         ema.updates = meta["ema_updates"]
+    memory.load_state_dict(load_file(path / "memory.safetensors"))
+    settings = [{key: group[key] for key in ("lr", "betas", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+    for group, chosen in zip(optimizer.param_groups, settings, strict=True):
+        group.update(chosen)  # what the configuration says now, not what the checkpoint was made with
     return int(meta["epoch"])
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 @torch.no_grad()

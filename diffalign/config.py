@@ -20,7 +20,9 @@ from diffalign.fields import (
 )
 from diffalign.source import Path as KeyPath
 
-Kernel = Literal["ode", "flow_sde", "cps", "dance", "ddim"]
+Kernel = Literal["ode", "flow_sde", "cps", "dance", "ddim", "dpm2"]
+DETERMINISTIC = ("ode", "dpm2")
+UNIT_ETA = ("cps", "ddim")  # eta is a fraction of the noise that may be replaced
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 
 
@@ -52,10 +54,11 @@ class Sampling(Section):
     steps: PositiveInt = 10
     """Number of denoising steps."""
     kernel: Kernel = "cps"
-    """Transition of one step: ode, flow_sde (arXiv 2505.05470), cps (2509.05952), dance (2505.07818) or ddim."""
+    """Transition of one step: ode, flow_sde (arXiv 2505.05470), cps (2509.05952), dance (2505.07818), ddim
+    (2010.02502), or the deterministic solver dpm2 (2509.16117)."""
     eta: Annotated[float, Field(ge=0)] = 0.7
     """Noise level of a stochastic kernel; 0 is deterministic."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance scale; 1 samples without guidance at half the cost."""
     height: Side = 512
     """Image height in pixels."""
@@ -63,6 +66,16 @@ class Sampling(Section):
     """Image width in pixels."""
     negative_prompt: str = ""
     """Prompt of the unconditional branch; needs guidance other than 1."""
+
+    @property
+    def deterministic(self) -> bool:
+        return self.kernel in DETERMINISTIC
+
+    @model_validator(mode="after")
+    def _eta_suits(self) -> Sampling:
+        if self.kernel in UNIT_ETA and self.eta > 1:
+            raise ValueError(f"eta {self.eta} does not suit kernel '{self.kernel}'; use 0 to 1")
+        return self
 
     @model_validator(mode="after")
     def _negative_is_used(self) -> Sampling:
@@ -165,7 +178,7 @@ class Evaluation(Section):
     """Images of each test prompt."""
     steps: PositiveInt = 20
     """Denoising steps of the ode kernel."""
-    guidance: Annotated[float, Field(ge=0)] | None = None
+    guidance: Annotated[float, Field(ge=1)] | None = None
     """Guidance scale; not given, that of sampling."""
     rewards: Rewards = ()
     """Rewards to report; a bare name takes the settings it has under rewards; not given, the training rewards."""
@@ -248,17 +261,7 @@ def _conflicts(config: Config) -> list[tuple[KeyPath, str]]:
     """(key, sentence) for settings that are right alone and wrong together."""
     wrong: list[tuple[KeyPath, str]] = []
     sampling, algorithm = config.sampling, config.algorithm
-    if algorithm.trajectory and sampling.kernel == "ode":
-        wrong.append((("sampling", "kernel"), f"'{algorithm.name}' needs a stochastic kernel; take cps or flow_sde"))
-    elif algorithm.trajectory and sampling.eta == 0:
-        wrong.append((("sampling", "eta"), f"0 makes every step deterministic; '{algorithm.name}' needs eta above 0"))
-    window = algorithm.model_dump().get("window")
-    if isinstance(window, dict) and window.get("range") is not None and window["range"][1] >= sampling.steps:
-        last = sampling.steps - 1
-        said = f"ends at {window['range'][1]}, but the last of {sampling.steps} steps is never trained; end at {last}"
-        wrong.append((("algorithm", "window", "range"), said))
-    elif algorithm.trajectory and not algorithm.stochastic(sampling.steps, config.seed, 0):
-        wrong.append((("sampling", "steps"), f"{sampling.steps} leaves '{algorithm.name}' no step to train; add steps"))
+    wrong += algorithm.conflicts(sampling)
     if not config.rewards:
         wrong.append((("rewards",), "name at least one reward"))
     places: dict[KeyPath, Rewards] = {("rewards",): config.rewards}

@@ -31,8 +31,8 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """Inside, the model's parameters hold the average."""
         live = [p.detach().clone() for p in self.parameters]
-        self._copy(self.shadow)
         try:
+            self._copy(self.shadow)
             yield
         finally:
             self._copy(live)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -48,14 +49,15 @@ def evaluate(
         group = torch.tensor([pairs[i][0] for i in rows])
         batch = collect(pipeline, metadata, group, seeds, sampling, (), micro_batch)
         assert batch.images is not None
-        scores = {name: scorer(batch.images, batch.prompts, metadata).scores for name, scorer in scorers.items()}
+        with torch.no_grad():
+            scores = {n: scorer(batch.images, batch.prompts, metadata).scores.tolist() for n, scorer in scorers.items()}
         for k, i in enumerate(rows):
             samples.append({
                 "index": i,
                 "prompt": batch.prompts[k],
                 "tag": metadata[k].get("tag", ""),
                 "seed": int(seeds[k]),
-                "scores": {name: float(values[k]) for name, values in scores.items()},
+                "scores": {n: None if math.isnan(values[k]) else values[k] for n, values in scores.items()},
             })  # fmt: skip
             if i < SHOWN * images_per_prompt and i % images_per_prompt == 0:
                 shown.append((i, batch.images[k].cpu()))
@@ -82,7 +84,6 @@ def write(
 
 
 def means(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of each reward over the samples it applies to."""
-    names = samples[0]["scores"]
-    table = torch.tensor([[s["scores"][name] for name in names] for s in samples], dtype=torch.float64)
-    return {f"reward/{name}": float(value) for name, value in zip(names, table.nanmean(0), strict=True)}
+    """'reward/NAME': mean over the samples that it applies to; a reward that applies to none is left out."""
+    valid = {n: [s["scores"][n] for s in samples if s["scores"][n] is not None] for n in samples[0]["scores"]}
+    return {f"reward/{name}": sum(scores) / len(scores) for name, scores in valid.items() if scores}

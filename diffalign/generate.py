@@ -51,7 +51,7 @@ def generate(
             for (p, j), image, one in zip(part, made.images, seeds.tolist(), strict=True):
                 name = f"{p:04d}_{j:02d}.png"
                 save_png(image, folder / name)
-                lines.write(json.dumps({"file_name": name, "seed": one, **prompts[p]}, ensure_ascii=False) + "\n")
+                lines.write(json.dumps({**prompts[p], "file_name": name, "seed": one}, ensure_ascii=False) + "\n")
                 if p < GRID_ROWS:
                     shown.append(image.cpu())
             lines.flush()

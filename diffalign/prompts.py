@@ -28,7 +28,7 @@ def load(source: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"no prompt file '{source}'; give a file or one of {', '.join(EMBEDDED)}")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"'{source}' is not UTF-8 text") from error
     numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]

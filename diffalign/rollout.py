@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.samplers import denoise, randn
+from diffalign.solvers import SOLVERS
 from diffalign.types import Conditioning, Pipeline, Rollout
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def _sample(
     """One micro-batch: final latents, images, states [b, K, 2, ...] and log-probs [b, K]."""
     denoiser = pipeline.denoiser(cond, sampling.guidance, negative)
     states, log_probs = [], []
-    walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, frozenset(kept), noise)
+    if sampling.kernel in SOLVERS:
+        walk = SOLVERS[sampling.kernel](denoiser, x, sigmas)
+    else:
+        walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, frozenset(kept), noise)
     for i, taken in enumerate(walk):
         if i in kept:
             states.append(torch.stack([x, taken.next], 1))

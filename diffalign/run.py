@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffalign import adapters, checkpoint, pipelines, prompts, rewards
+from diffalign.algorithms import Memory
 from diffalign.config import Config
 from diffalign.ema import EMA
 from diffalign.loading import save as save_config
@@ -29,6 +31,7 @@ class Run:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     ema: EMA | None
+    memory: Memory
     scorers: dict[str, rewards.Scorer]
     eval_scorers: dict[str, rewards.Scorer]
     tracker: Tracker
@@ -48,6 +51,8 @@ def prepare(config: Config, resume: str | None) -> Run:
     accelerator = Accelerator(
         cpu=config.model.device == "cpu", log_with=list(config.log_with) or None, project_dir=config.output
     )
+    if accelerator.num_processes > 1 and (config.model.device or "cpu") != "cpu":
+        raise UserError("model.device is for a single process; leave it out and each process takes its own accelerator")
     device = config.model.device or str(accelerator.device)
     scorers = rewards.build(config.rewards, device)
     same = {r.key: s for r, s in zip(config.rewards, scorers.values(), strict=True)}
@@ -62,21 +67,34 @@ def prepare(config: Config, resume: str | None) -> Run:
         adapters.add_lora(pipeline, a.rank, a.alpha, a.init, a.targets)
     else:
         adapters.add_full(pipeline, reference=config.algorithm.needs_reference)
-    parameters = {n: p for n, p in pipeline.network.named_parameters() if p.requires_grad}
+    parameters: dict[str, nn.Parameter] = {n: p for n, p in pipeline.network.named_parameters() if p.requires_grad}
     t = config.trainer
     optimizer = torch.optim.AdamW(parameters.values(), t.lr, t.betas, weight_decay=t.weight_decay)
     ema = EMA(list(parameters.values()), t.ema) if t.ema else None
-    begun = checkpoint.load(start, parameters, optimizer, ema, config.model_dump(mode="json")) if start else 0
+    memory = config.algorithm.start(pipeline, parameters)
+    saved = config.model_dump(mode="json")
+    begun = checkpoint.load(start, parameters, optimizer, ema, memory, saved) if start else 0
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        discard_after(folder, begun)
         save_config(config, folder / "config.yaml")
     if config.log_with:
         accelerator.init_trackers("diffalign", config={"run": config.output})
     tracker = Tracker(accelerator, folder, t.epochs, begun)
     return Run(
-        config, folder, accelerator, pipeline, parameters, optimizer, ema, scorers, eval_scorers, tracker,
+        config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
         train_prompts, test_prompts, begun,
     )  # fmt: skip
+
+
+def discard_after(folder: Path, epoch: int) -> None:
+    """A run that goes on from an earlier checkpoint makes the later epochs again; what is left of them goes."""
+    for path in checkpoint.finished(folder / "checkpoints"):
+        if int(path.name) > epoch:
+            checkpoint.remove(path)
+    for path in [*(folder / "eval").glob("*.json"), *(folder / "images").glob("eval_*")]:
+        if int(path.stem.removeprefix("eval_")) > epoch:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -98,7 +116,7 @@ def save(run: Run) -> None:
         config = run.config.model_dump(mode="json")
         keep = run.config.checkpoint.keep
         folder = run.folder / "checkpoints"
-        checkpoint.save(folder, run.epoch, run.parameters, run.optimizer, run.ema, config, keep)
+        checkpoint.save(folder, run.epoch, run.parameters, run.optimizer, run.ema, run.memory, config, keep)
 
 
 def export(run: Run) -> None:

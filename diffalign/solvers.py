@@ -36,3 +36,6 @@ def dpm2(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Generator[Step, Tenso
             taken = replace(taken, mean=mean, next=mean)
         redirected = yield taken
         x, x0_prev = (taken.next, taken.x0) if redirected is None else (redirected, None)
+
+
+SOLVERS = {"dpm2": dpm2}

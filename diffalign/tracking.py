@@ -23,6 +23,8 @@ class Tracker:
         self.bar = tqdm(total=epochs, initial=first, desc=folder.name, unit="epoch", disable=not self.terminal)
         if accelerator.is_main_process:
             self._forget_after(first)
+        if accelerator.num_processes > 1:
+            self.say(f"{accelerator.num_processes} processes")
 
     def _forget_after(self, first: int) -> None:
         """A resumed run repeats the epochs after its checkpoint; their old lines go."""

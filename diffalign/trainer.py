@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffalign.advantages import group_advantages, weighted_sum
 from diffalign.algorithms import Algorithm
 from diffalign.config import Config, Sampling
 from diffalign.eval import report
+from diffalign.interrupt import Interrupt
 from diffalign.rollout import collect, sample_seed
 from diffalign.run import Run, export, prepare, save
 from diffalign.types import Conditioning, Denoiser, Rollout, UserError
@@ -51,31 +51,30 @@ class TrainedPolicy:
 def train(config: Config, resume: str | None = None) -> Path:
     """Run to the last epoch and return the run folder. `resume` is 'auto' or a checkpoint folder.
 
-    Raises UserError for a folder that already holds a run, a checkpoint that does not fit, or gradients that are not
-    finite. On Ctrl-C the finished epochs are saved before the interrupt goes on.
+    Ctrl-C (or SIGTERM) ends the run after the epoch under way and saves it; KeyboardInterrupt follows. Raises UserError
+    for a folder that already holds a run, a checkpoint that does not fit, and numbers that are not finite.
     """
     run = prepare(config, resume)
     try:
-        if run.epoch == 0:
-            held_out(run)
-        while run.epoch < config.trainer.epochs:
-            epoch(run)
-            last = run.epoch == config.trainer.epochs
-            if config.evaluation.every and (last or run.epoch % config.evaluation.every == 0):
-                held_out(run)
-            if last or (config.checkpoint.every and run.epoch % config.checkpoint.every == 0):
-                save(run)
-    except KeyboardInterrupt:
-        save(run)
-        run.tracker.say(f"interrupted after epoch {run.epoch}; continue with --resume auto")
-        raise
+        with Interrupt() as interrupt:
+            evaluate_if_due(run)
+            while run.epoch < config.trainer.epochs:
+                epoch(run)
+                stopping = any(gather_object([interrupt.asked]))
+                last = run.epoch == config.trainer.epochs
+                if stopping or last or (config.checkpoint.every and run.epoch % config.checkpoint.every == 0):
+                    save(run)
+                if stopping:
+                    run.tracker.say(f"stopped after epoch {run.epoch}; continue with --resume auto")
+                    raise KeyboardInterrupt
+                evaluate_if_due(run)
+            if run.accelerator.is_main_process:
+                export(run)
+                run.tracker.say(report.summary(run.folder)["verdict"])
+                run.tracker.say(f"report: {report.write(run.folder)}")
+            run.accelerator.wait_for_everyone()
     finally:
         run.tracker.close()
-    if run.accelerator.is_main_process:
-        export(run)
-        run.tracker.say(report.summary(run.folder)["verdict"])
-        run.tracker.say(f"report: {report.write(run.folder)}")
-    run.accelerator.wait_for_everyone()
     return run.folder
 
 
@@ -86,14 +85,15 @@ def epoch(run: Run) -> None:
     rollout, total = sample(run)
     sampled = time.monotonic()
     assert rollout.images is not None
-    if not bool(rollout.images.isfinite().all()):
+    if not all(gather_object([bool(rollout.images.isfinite().all())])):
         raise UserError(
             f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
             "with a lower trainer.lr"
         )
-    rollout.rewards = rewards.score(
-        run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
-    )
+    with torch.no_grad():
+        rollout.rewards = rewards.score(
+            run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
+        )
     values = advantages(run, rollout)
     scored = time.monotonic()
     values |= update(run, algorithm, rollout, total)
@@ -107,7 +107,7 @@ def epoch(run: Run) -> None:
         "images_per_second": total / (now - began),
     }
     run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
-    shown = "  ".join(f"{name} {values[f'reward/{name}']:.3f}" for name in run.scorers)
+    shown = "  ".join(f"{name} {values.get(f'reward/{name}', float('nan')):.3f}" for name in run.scorers)
     run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {shown}  {now - began:.1f} s")
 
 
@@ -118,15 +118,16 @@ def sample(run: Run) -> tuple[Rollout, int]:
     pairs = [(p, j) for p in chosen for j in range(t.images_per_prompt)]
     share = torch.arange(len(pairs)).tensor_split(run.accelerator.num_processes)[run.accelerator.process_index]
     mine = [pairs[i] for i in share.tolist()]
-    rollout = collect(
-        run.pipeline,
-        [run.train_prompts[p] for p, _ in mine],
-        torch.tensor([p for p, _ in mine]),
-        torch.tensor([sample_seed(c.seed, run.epoch, p, j) for p, j in mine]),
-        c.sampling,
-        c.algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
-        t.micro_batch,
-    )
+    with run.memory.acting():
+        rollout = collect(
+            run.pipeline,
+            [run.train_prompts[p] for p, _ in mine],
+            torch.tensor([p for p, _ in mine]),
+            torch.tensor([sample_seed(c.seed, run.epoch, p, j) for p, j in mine]),
+            c.sampling,
+            c.algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
+            t.micro_batch,
+        )
     return rollout, len(pairs)
 
 
@@ -137,8 +138,13 @@ def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
     parts: list[dict[str, Tensor]] = gather_object([mine])
     every = {name: torch.cat([part[name] for part in parts]) for name in mine}
     group = every.pop("group")
-    rewards.refuse_silence(every, rollout.prompts)
-    values = group_advantages(weighted_sum(every, weights), group, a.std, a.ddof, a.eps)
+    total = weighted_sum(every, weights, group)
+    if bool(total.isnan().all()):
+        raise UserError(
+            f"no reward applies to any of the {len(total)} images of epoch {run.epoch + 1}; check that the prompt set "
+            "carries the metadata they need"
+        )
+    values = group_advantages(total, group, a.std, a.ddof, a.eps)
     values = values.nan_to_num(0.0).clamp(-a.clip, a.clip)
     first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
     own = values[first : first + len(rollout)]
@@ -148,12 +154,11 @@ def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
     logged = {"zero_advantage_groups": float((largest == 0).double().mean())}
     for name, r in every.items():
         valid = r[~r.isnan()].double()
-        logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": float(valid.std(correction=0))}
+        if len(valid):
+            logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": float(valid.std(correction=0))}
+        if len(valid) < len(r):
+            logged[f"applies/{name}"] = len(valid) / len(r)
     return logged
-
-
-def micro_batches(rows: Tensor, size: int) -> Iterator[Tensor]:
-    return iter(rows.split(size)) if len(rows) else iter(())
 
 
 def update(run: Run, algorithm: Algorithm, rollout: Rollout, total: int) -> dict[str, float]:
@@ -163,8 +168,8 @@ def update(run: Run, algorithm: Algorithm, rollout: Rollout, total: int) -> dict
     policy = TrainedPolicy(run.pipeline, c.sampling, negative)
     rows = algorithm.trains_on(rollout).nonzero().flatten().cpu()
     sums: dict[str, float] = {"trained": float(len(rows))}
-    for index in micro_batches(rows, c.trainer.micro_batch):
-        for loss in algorithm.losses(policy, rollout[index]):
+    for index in rows.split(c.trainer.micro_batch) if len(rows) else ():
+        for loss in algorithm.losses(policy, rollout[index], run.memory):
             value = loss.per_sample.sum() / total
             value.backward()
             for name, metric in {"loss": loss.per_sample.detach(), **loss.metrics}.items():
@@ -178,6 +183,7 @@ def update(run: Run, algorithm: Algorithm, rollout: Rollout, total: int) -> dict
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
+    run.memory.after_step()
     if run.ema is not None:
         run.ema.update()
     shared: list[dict[str, float]] = gather_object([sums])
@@ -201,19 +207,21 @@ def reduce_gradients(run: Run) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def held_out(run: Run) -> None:
-    """Score the test prompts with the averaged weights; epoch 0 is the model before training."""
+def evaluate_if_due(run: Run) -> None:
+    """Score the test prompts with the averaged weights, unless this epoch's scores are there; 0 is before training."""
     c, began = run.config, time.monotonic()
-    if not c.evaluation.every:
+    every, last = c.evaluation.every, run.epoch == c.trainer.epochs
+    due = every and (last or run.epoch % every == 0) and not (run.folder / "eval" / f"{run.epoch:04d}.json").exists()
+    if not gather_object([due])[0]:  # as the main process sees the folder
         return
     with run.ema.applied() if run.ema is not None else nullcontext():
         samples, images = evaluation.evaluate(
             run.pipeline, run.test_prompts, c.evaluation.images_per_prompt, c.evaluation_sampling, run.eval_scorers,
             c.seed, c.trainer.micro_batch, run.accelerator,
         )  # fmt: skip
-    if run.accelerator.is_main_process:
-        evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
     values = evaluation.means(samples)
     run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
-    shown = "  ".join(f"{name} {values[f'reward/{name}']:.3f}" for name in run.eval_scorers)
-    run.tracker.say(f"held-out, epoch {run.epoch}: {shown}")
+    if run.accelerator.is_main_process:
+        evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
+    shown = "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in values.items())
+    run.tracker.say(f"held-out, epoch {run.epoch}: {shown or 'no reward applies to these prompts'}")

@@ -147,13 +147,3 @@ def score(
         ]
         scores[name] = torch.cat(parts)
     return scores
-
-
-def refuse_silence(scores: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
-    """UserError when a reward, [B] over all processes, applies to none of the prompts: the set lacks something."""
-    for name, values in scores.items():
-        if values.isnan().all():
-            raise UserError(
-                f"reward '{name}' applies to none of the {len(values)} images (first prompt: {prompts[0]!r}); "
-                "check that the prompt set carries the metadata it needs"
-            )

@@ -35,6 +35,13 @@ class Geneval(Reward):
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         import torch
 
+        from diffalign.shapes.world import SIZE
+
+        if images.shape[2:] != (SIZE, SIZE):
+            raise UserError(
+                f"the shapes detector reads {SIZE}x{SIZE} images, got {images.shape[3]}x{images.shape[2]}; set "
+                f"sampling.height and sampling.width to {SIZE}"
+            )
         pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1)
         decide = {
             "correct": geneval_logic.geneval_correct,
@@ -69,6 +76,8 @@ def _check(metadata: Mapping[str, Any], prompt: str) -> None:
 
     for k, clause in enumerate([*metadata.get("include", []), *metadata.get("exclude", [])]):
         where = f"the GenEval metadata of the prompt {prompt!r}"
+        if not isinstance(clause, dict):
+            raise UserError(f"{where} holds {clause!r} where a clause such as {{class: circle, count: 1}} is expected")
         if clause.get("class") not in SHAPES:
             raise UserError(f"{where} asks for {clause.get('class')!r}; the shapes detector knows {', '.join(SHAPES)}")
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
@@ -76,7 +85,7 @@ def _check(metadata: Mapping[str, Any], prompt: str) -> None:
         if "color" in clause and clause["color"] not in COLORS:
             raise UserError(f"{where} asks for {clause['color']!r}; the shapes detector knows {', '.join(COLORS)}")
         if "position" in clause:
-            relation, target = clause["position"]
-            if relation not in RELATIONS or not 0 <= target < k:
+            relation, target = (*clause["position"], None, None)[:2] if isinstance(clause["position"], list) else (0, 0)
+            if relation not in RELATIONS or not isinstance(target, int) or not 0 <= target < k:
                 raise UserError(f"{where} needs a 'position' of [relation, index of an earlier clause], got "
                                 f"{clause['position']!r}; relations are {', '.join(RELATIONS)}")  # fmt: skip

@@ -52,9 +52,18 @@ def test_order_of_samples_is_irrelevant() -> None:
 
 def test_weighted_sum_leaves_out_what_does_not_apply() -> None:
     rewards = {"a": torch.tensor([1.0, math.nan, math.nan]), "b": torch.tensor([2.0, 4.0, math.nan])}
-    total = weighted_sum(rewards, {"a": 0.5, "b": 2.0})
+    total = weighted_sum(rewards, {"a": 0.5, "b": 2.0}, torch.tensor([0, 1, 2]))
     assert total[:2].tolist() == [4.5, 8.0]
     assert total[2].isnan()
+
+
+def test_a_failed_judgement_is_not_a_low_one() -> None:
+    """One image of a group lacks a reward that the others have: it is left out, and the others are as without it."""
+    rewards = {"a": torch.ones(4), "b": torch.tensor([20.0, 21.0, 22.0, math.nan])}
+    total = weighted_sum(rewards, {"a": 1.0, "b": 1.0}, torch.zeros(4, dtype=torch.long))
+    assert total.isnan().tolist() == [False, False, False, True]
+    advantages = group_advantages(total, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(advantages[:3], group_advantages(rewards["b"][:3], torch.zeros(3, dtype=torch.long)))
 
 
 def test_unknown_std_is_refused() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign import adapters, pipelines
+from diffalign.algorithms import Memory
 from diffalign.algorithms.grpo import GRPO, KL, Window
 from diffalign.config import Sampling
 from diffalign.rollout import collect, sample_seed
@@ -69,7 +70,7 @@ def perturb(pipeline: Any, scale: float = 0.05) -> None:
 @pytest.mark.parametrize(("kernel", "eta"), KERNELS)
 def test_first_update_is_exactly_on_policy(pipeline: Any, kernel: str, eta: float) -> None:
     rollout = roll(pipeline, kernel, eta, [0, 1, 2, 3])
-    for loss in GRPO(name="grpo").losses(Policy(pipeline, kernel, eta), rollout):
+    for loss in GRPO(name="grpo").losses(Policy(pipeline, kernel, eta), rollout, Memory()):
         total = {name: 4 * metric for name, metric in loss.metrics.items()}  # metrics are shares of the four steps
         assert total["ratio"].tolist() == [1.0] * 4
         assert total["logp_gap"].tolist() == [0.0] * 4  # stored transitions score bitwise as they were sampled
@@ -91,7 +92,7 @@ def test_gradient_is_advantage_times_score(pipeline: Any, kernel: str, eta: floa
     perturb(pipeline)
     rollout, policy = roll(pipeline, kernel, eta, [1]), Policy(pipeline, kernel, eta)
     parameters = adapters.trainable_parameters(pipeline)
-    (loss,) = GRPO(name="grpo").losses(policy, rollout)
+    (loss,) = GRPO(name="grpo").losses(policy, rollout, Memory())
     actual = torch.autograd.grad(loss.per_sample.sum(), parameters)
 
     from diffalign.samplers import step
@@ -109,7 +110,7 @@ def test_gradient_is_advantage_times_score(pipeline: Any, kernel: str, eta: floa
 
 def kl_of(pipeline: Any, rollout: Rollout, kernel: str, eta: float, norm: str) -> Tensor:
     algorithm = GRPO(name="grpo", kl=KL(weight=1.0, norm=norm))
-    (loss,) = algorithm.losses(Policy(pipeline, kernel, eta), rollout)
+    (loss,) = algorithm.losses(Policy(pipeline, kernel, eta), rollout, Memory())
     return loss.metrics["kl"]
 
 

@@ -69,7 +69,6 @@ def here(name: str) -> str:
 
 def score_one(name: str, batch: int = 2) -> Tensor:
     scores = rewards.score(rewards.build([here(name)]), IMAGES, PROMPTS, BLANK, batch)
-    rewards.refuse_silence(scores, PROMPTS)
     return scores[name]
 
 
@@ -115,7 +114,6 @@ def test_nan_means_does_not_apply_and_extra_is_kept() -> None:
     ("name", "message"),
     [
         ("explodes", r"'explodes' gave an infinite score for the prompt 'prompt 3'"),
-        ("abstains", r"'abstains' applies to none of the 5 images \(first prompt: 'prompt 0'\)"),
         ("two_each", r"'two_each' must return one real score an image, shape \[2\], .*\[2, 2\]"),
         ("words", r"'words' must return a tensor or a list of 2 numbers"),
     ],

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from diffalign.methods import Method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from diffalign.config import Sampling
     from diffalign.types import Conditioning, Denoiser, Rollout
 
 
@@ -42,6 +43,27 @@ class Policy(Protocol):
         ...
 
 
+class Memory:
+    """What a method carries from step to step beside the trained weights: an old policy, a critic, statistics.
+
+    This one carries nothing. A method that needs more derives from it and returns its own from `Algorithm.start`.
+    """
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the model is the policy that samples; by default the trained one."""
+        return nullcontext()
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave, in place."""
+
+
 class Algorithm(Method):
     """Base of every method."""
 
@@ -53,6 +75,19 @@ class Algorithm(Method):
         """Compares with the model as it was before training."""
         return False
 
+    def conflicts(self, sampling: Sampling) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(key, sentence) for settings that do not suit this method; found before a model is loaded."""
+        if self.trajectory and sampling.deterministic:
+            yield ("sampling", "kernel"), f"'{self.name}' needs a stochastic kernel; take cps or flow_sde"
+        elif self.trajectory and sampling.eta == 0:
+            yield ("sampling", "eta"), f"0 makes every step deterministic; '{self.name}' needs eta above 0"
+        elif self.trajectory and not self.stochastic(sampling.steps, 0, 0):
+            yield ("sampling", "steps"), f"{sampling.steps} leaves '{self.name}' no step to train; add steps"
+
+    def start(self, pipeline: Any, parameters: dict[str, nn.Parameter]) -> Memory:
+        """Called once, when the trained parameters exist; may add frozen adapters to the pipeline."""
+        return Memory()
+
     def stochastic(self, steps: int, seed: int, epoch: int) -> list[int]:
         """Indices of the steps that are sampled with noise and stored in this epoch; the same on every process."""
         return []
@@ -62,5 +97,5 @@ class Algorithm(Method):
         return rollout.group >= 0
 
     @abstractmethod
-    def losses(self, policy: Policy, batch: Rollout) -> Iterator[Loss]:
+    def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
         """Losses whose sum is the method's loss; each is back-propagated before the next is computed."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffalign.algorithms import Algorithm, Loss, Policy
+from diffalign.algorithms import Algorithm, Loss, Memory, Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffalign.config import Sampling
     from diffalign.types import Denoiser, Rollout, Step
 
 
@@ -69,6 +70,13 @@ class GRPO(Algorithm):
     def needs_reference(self) -> bool:
         return self.kl.weight > 0
 
+    def conflicts(self, sampling: Sampling) -> Iterator[tuple[tuple[str, ...], str]]:
+        yield from super().conflicts(sampling)
+        if self.window is not None and self.window.range[1] >= sampling.steps:
+            ends, last = self.window.range[1], sampling.steps - 1
+            said = f"ends at {ends}, but the last of {sampling.steps} steps is never trained; end at {last}"
+            yield ("algorithm", "window", "range"), said
+
     def stochastic(self, steps: int, seed: int, epoch: int) -> list[int]:
         if self.window is None:
             return list(range(steps - 1))
@@ -80,7 +88,7 @@ class GRPO(Algorithm):
         assert rollout.advantages is not None
         return (rollout.advantages != 0) | self.needs_reference
 
-    def losses(self, policy: Policy, batch: Rollout) -> Iterator[Loss]:
+    def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
         assert batch.states is not None and batch.log_probs is not None and batch.advantages is not None
         denoiser = policy.denoiser(batch.cond)
         for k, i in enumerate(batch.kept.tolist()):

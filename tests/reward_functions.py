@@ -1,0 +1,79 @@
+"""What a user might write in a module of their own: rewards as plain functions, and training methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.algorithms import Algorithm, Loss, Memory, Policy
+from diffalign.algorithms.grpo import GRPO
+from diffalign.types import Rollout
+
+
+def redness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+def broken(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    return torch.full((len(images),), float("nan"))
+
+
+class Exploding(GRPO):
+    def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
+        for loss in super().losses(policy, batch, memory):
+            yield Loss(loss.per_sample * float("inf"))
+
+
+class Shadow(Memory):
+    """An old policy: a slow copy of the weights, which samples."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.old = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        live = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.put(self.old)
+        try:
+            yield
+        finally:
+            self.put(live)
+
+    def after_step(self) -> None:
+        for name, old in self.old.items():
+            old.lerp_(self.parameters[name].detach(), 0.5)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.old
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, old in self.old.items():
+            old.copy_(state[name])
+
+
+class ForwardProcess(Algorithm):
+    """Advantage-weighted flow matching on the sampled images: no trajectory, an old policy that samples."""
+
+    def start(self, pipeline: Any, parameters: dict[str, nn.Parameter]) -> Memory:
+        return Shadow(parameters)
+
+    def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
+        assert batch.advantages is not None
+        s = torch.rand(len(batch), generator=torch.Generator().manual_seed(0))
+        at, eps = s.view(-1, 1, 1, 1), torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(1))
+        x = (1 - at) * batch.x0 + at * eps
+        with torch.no_grad(), memory.acting():
+            old, _ = policy.denoiser(batch.cond).predict(x, s)
+        x0, _ = policy.denoiser(batch.cond).predict(x, s)
+        error = (x0 - batch.x0).square().flatten(1).mean(1)
+        yield Loss(batch.advantages * error, {"moved": (x0 - old).abs().flatten(1).mean(1).detach()})
