@@ -26,6 +26,9 @@ def everything() -> dict[str, dict[str, str]]:
 
 
 def _kernels() -> dict[str, str]:
-    tree = ast.parse((files("diffalign") / "samplers.py").read_text("utf-8"))
-    docs = {node.name: ast.get_docstring(node) or "" for node in tree.body if isinstance(node, ast.FunctionDef)}
-    return {kernel: docs[f"_{kernel}"].partition("\n")[0] for kernel in get_args(Kernel)}
+    docs: dict[str, str] = {}
+    for file in ("samplers.py", "solvers.py"):
+        tree = ast.parse((files("diffalign") / file).read_text("utf-8"))
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        docs |= {node.name.removeprefix("_"): ast.get_docstring(node) or "" for node in functions}
+    return {kernel: docs[kernel].partition("\n")[0] for kernel in get_args(Kernel)}

@@ -1,18 +1,26 @@
-"""Pictures of a finished run for the documentation: `python docs/figures.py runs/shapes_demo` fills docs/images."""
+"""Pictures of a finished run for the documentation: `python -m docs.figures runs/shapes_demo` fills docs/images."""
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffalign import pipelines
+from diffalign.config import Sampling
 from diffalign.eval.charts import Series, chart
 from diffalign.eval.comparison import mean_score
 from diffalign.eval.run_folder import Run, read
+from diffalign.images import grid
+from diffalign.rollout import collect, sample_seed
+from diffalign.shapes import prompts
+from diffalign.shapes.world import render
 
 FOLDER = Path(__file__).parent / "images"
-COLUMNS, SIDE, GAP, TEXT = 6, 128, 10, 34
+COLUMNS, SIDE, GAP, TEXT = 6, 128, 10, 46
 STYLE = (
     "<style>svg{background:#fff;font-family:system-ui,sans-serif}.grid{stroke:#e4e2dc}.axis{stroke:#999}"
     ".tick{font-size:11px;fill:#555}.reference{stroke:#999;stroke-dasharray:4 4}.line{fill:none;stroke-width:2}"
@@ -53,6 +61,19 @@ def before_after(run: Run, metric: str, count: int = 12) -> Image.Image:
     return sheet
 
 
+def world(columns: int = 12) -> Image.Image:
+    """Rendered scenes above, and below what the base model draws for the same prompts."""
+    rng, test = random.Random(0), prompts.test_prompts()[4 : 4 + 2 * columns]
+    sampling = Sampling(steps=20, kernel="ode", eta=0.0, height=64, width=64)
+    seeds = torch.tensor([sample_seed(0, 0, p, 0) for p in range(len(test))])
+    drawn = collect(pipelines.load("tiny-sd3"), test, torch.arange(len(test)), seeds, sampling, (), 24).images
+    assert drawn is not None
+    scenes = [torch.from_numpy(render(prompts.scene(rng, m["include"])).copy()).permute(2, 0, 1) / 255 for m in test]
+    sheet = grid(torch.cat([torch.stack(scenes), drawn]), columns)
+    picture = Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy())
+    return picture.resize((picture.width * 3 // 2, picture.height * 3 // 2), Image.Resampling.BICUBIC)
+
+
 def curve(run: Run, metric: str) -> str:
     """Held-out score over epochs, and the training reward behind it."""
     held = Series([e.epoch for e in run.evaluations], [mean_score(e, metric) for e in run.evaluations], "held")
@@ -65,4 +86,5 @@ if __name__ == "__main__":
     finished, name = read(sys.argv[1]), "geneval"
     FOLDER.mkdir(exist_ok=True)
     before_after(finished, name).save(FOLDER / "before_after.png", optimize=True)
+    world().save(FOLDER / "shapes.png", optimize=True)
     (FOLDER / "grpo_curve.svg").write_text(curve(finished, name), "utf-8")

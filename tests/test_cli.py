@@ -107,8 +107,9 @@ def test_list_names_every_method_with_its_first_line(tmp_path: Path) -> None:
 
 def test_kernels_are_those_of_the_samplers() -> None:
     from diffalign.samplers import KERNELS
+    from diffalign.solvers import SOLVERS
 
-    assert set(catalogue.everything()["kernels"]) == set(KERNELS)
+    assert set(catalogue.everything()["kernels"]) == {*KERNELS, *SOLVERS}
 
 
 def test_schema_is_json(tmp_path: Path) -> None:

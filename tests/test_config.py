@@ -135,7 +135,7 @@ def test_evaluation_sampling_is_deterministic(run: Path) -> None:
         ("name: grpo, ", "", "run.yaml:5: algorithm.name: this key is required"),
         ("name: jpeg", "name: jpg", "run.yaml:7: rewards.0: unknown reward 'jpg'; did you mean 'jpeg'?"),
         ("weight: 0.5", "weight: much", "run.yaml:7: rewards.0.weight: expected a number, got 'much'"),
-        ("kernel: cps", "kernel: cpss", "run.yaml:4: sampling.kernel: expected 'ode', 'flow_sde', 'cps', 'dance' or 'ddim', got 'cpss'"),
+        ("kernel: cps", "kernel: cpss", "run.yaml:4: sampling.kernel: expected 'ode', 'flow_sde', 'cps', 'dance', 'ddim' or 'dpm2', got 'cpss'"),
         ("shapes-test}", "nowhere.txt}", "run.yaml:3: prompts.test: no prompt file 'nowhere.txt'; give a file or one of shapes-train, shapes-test"),
         ("./model", "./modle", "run.yaml:1: model: no folder or embedded model './modle'; "),
         ("output: runs/test\n", "", "run.yaml:1: output: this key is required"),

@@ -25,6 +25,7 @@ class Direct:
     """A pipeline whose latents are pixels: x0 is the prompt's length plus a tenth of x, all in closed form."""
 
     schedule = RectifiedFlow()
+    device = torch.device("cpu")
     lora_targets = ()
     trainable = torch.nn.Identity()
 

@@ -59,12 +59,17 @@ def pipeline(
 
 
 def export(output: Path, pipe: StableDiffusion3Pipeline, models: Any, words: CLIPTokenizer, log: Path) -> None:
-    """Write all folders in fp16 beside `output` and put them in its place when they are complete."""
+    """Write all folders beside `output` and put them in its place when they are complete.
+
+    Weights are fp16, except the text encoders: transformers would load those as stored, and types would mix.
+    """
     from transformers import CLIPImageProcessor
 
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe.to(dtype=torch.float16).save_pretrained(temporary / "tiny-sd3")
+    pipe.transformer.half()
+    pipe.vae.half()
+    pipe.save_pretrained(temporary / "tiny-sd3")
     (temporary / "tiny-sd3" / SIDECAR).write_text(json.dumps({"max_sequence_length": 0}) + "\n")
     side = {"height": world.SIZE, "width": world.SIZE}
     processor = CLIPImageProcessor(
