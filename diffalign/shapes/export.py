@@ -61,7 +61,8 @@ def pipeline(
 def export(output: Path, pipe: StableDiffusion3Pipeline, models: Any, words: CLIPTokenizer, log: Path) -> None:
     """Write all folders beside `output` and put them in its place when they are complete.
 
-    Weights are fp16, except the text encoders: transformers would load those as stored, and types would mix.
+    Weights have fp16 precision. The text encoders are stored as fp32 all the same: transformers loads them as stored,
+    and the pipeline would mix types.
     """
     from transformers import CLIPImageProcessor
 
@@ -69,6 +70,8 @@ def export(output: Path, pipe: StableDiffusion3Pipeline, models: Any, words: CLI
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.transformer.half()
     pipe.vae.half()
+    pipe.text_encoder.half().float()
+    pipe.text_encoder_2.half().float()
     pipe.save_pretrained(temporary / "tiny-sd3")
     (temporary / "tiny-sd3" / SIDECAR).write_text(json.dumps({"max_sequence_length": 0}) + "\n")
     side = {"height": world.SIZE, "width": world.SIZE}
