@@ -11,18 +11,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor
 
 from diffalign import pipelines
+from diffalign.config import Sampling
 from diffalign.pipelines.sd3 import SD3
-from diffalign.samplers import denoise
-from diffalign.types import Conditioning, UserError
+from diffalign.rollout import collect
+from diffalign.types import Conditioning, Rollout, UserError
 
 # transformer/config.json of stabilityai/stable-diffusion-3.5-medium and -large
 MEDIUM: dict[str, Any] = {
@@ -78,22 +78,36 @@ def random_sd35(name: str, dtype: torch.dtype, device: str) -> SD3:
     absent = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent)
-    return SD3(pipe, dtype, device)
+    return RandomSD3(pipe, dtype, device)
 
 
-def build(model: str, batch: int, dtype: str, device: str) -> tuple[Any, Conditioning, Conditioning]:
-    """(pipeline, conditioning of `batch` samples, negative conditioning)."""
-    if not model.startswith("random:"):
-        pipeline: Any = pipelines.load(model, dtype=dtype, device=device)
-        return pipeline, pipeline.encode([f"{n} red circles" for n in range(batch)]), pipeline.encode([""])
-    pipeline = random_sd35(model.removeprefix("random:"), DTYPES[dtype], device)
+class RandomSD3(SD3):
+    """Its text encoders, 5 B parameters of which no speed measured here depends on, are replaced by random numbers."""
 
-    def embeddings(rows: int) -> Conditioning:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         shapes = {"embeds": (PROMPT_TOKENS, 4096), "pooled": (2048,)}
-        tensors = {k: torch.randn(rows, *shape, device=device, dtype=DTYPES[dtype]) for k, shape in shapes.items()}
-        return Conditioning(tensors, torch.arange(rows))
+        generator = torch.Generator().manual_seed(len(prompts))
+        tensors = {k: torch.randn(len(prompts), *shape, generator=generator) for k, shape in shapes.items()}
+        return Conditioning(tensors, torch.arange(len(prompts))).to(self.device)
 
-    return pipeline, embeddings(batch), embeddings(1)
+
+def build(model: str, dtype: str, device: str) -> Any:
+    if model.startswith("random:"):
+        return random_sd35(model.removeprefix("random:"), DTYPES[dtype], device)
+    return pipelines.load(model, dtype=dtype, device=device)
+
+
+def image_size(options: argparse.Namespace) -> int:
+    return options.size or (512 if options.model.startswith("random:") else 64)
+
+
+def roll(pipeline: Any, options: argparse.Namespace, kept: Sequence[int]) -> Rollout:
+    """What a training epoch samples: CPS steps, stored transitions, decoded images, one generator a sample."""
+    size = image_size(options)
+    sampling = Sampling(steps=options.steps, kernel="cps", eta=0.7, guidance=options.guidance, height=size, width=size)
+    prompts = [{"prompt": f"{n % 8} red circles"} for n in range(options.batch)]
+    group = torch.arange(options.batch) % 8
+    return collect(pipeline, prompts, group, torch.arange(options.batch), sampling, kept, options.batch)
 
 
 class Stopwatch:
@@ -163,29 +177,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-@torch.no_grad()
-def sample(pipeline: Any, cond: Conditioning, negative: Conditioning, options: argparse.Namespace, size: int) -> Tensor:
-    shape = (len(cond), *pipeline.latent_shape(size, size))
-    x = torch.randn(shape, device=options.device)
-    denoiser = pipeline.denoiser(cond, options.guidance, negative)
-    sigmas = pipeline.sigmas(options.steps, size, size).to(options.device)
-    states = [taken.next for taken in denoise(denoiser, x, sigmas, "cps", 0.7)]
-    return states[-1]
-
-
 def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    size = options.size or (512 if options.model.startswith("random:") else 64)
-    pipeline, cond, negative = build(options.model, options.batch, dtype, options.device)
+    pipeline = build(options.model, dtype, options.device)
     if options.compile:
         pipeline.compile_blocks()
     watch = Stopwatch(options.device)
     watch.forwards(pipeline.trainable, "transformer")
+    watch.forwards(pipeline.pipe.vae.decoder, "decode")
     best: dict[str, float] = {}
     for repeat in range(options.repeats + 1):
         with watch.span("total"):
-            latents = sample(pipeline, cond, negative, options, size)
-            with watch.span("decode"), torch.no_grad():
-                pipeline.decode(latents)
+            roll(pipeline, options, [0, 1])
         spent = watch.seconds()
         if repeat and (not best or spent["total"] < best["total"]):
             best = spent
@@ -194,7 +196,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         "model": options.model,
         "dtype": dtype,
         "compile": "blocks" if options.compile else "no",
-        "size": size,
+        "size": image_size(options),
         "batch": options.batch,
         "steps": options.steps,
         "guidance": options.guidance,

@@ -15,67 +15,39 @@ import sys
 from typing import Any
 
 import torch
-from rollout import Stopwatch, arguments, build, peak_gib, table
-from torch import Tensor
+from rollout import Stopwatch, arguments, build, image_size, peak_gib, roll, table
 
 from diffalign.adapters import add_full, add_lora, trainable_parameters
-from diffalign.samplers import denoise, step
-from diffalign.types import Conditioning, UserError
-
-ETA, CLIP = 0.7, 1e-4
-
-# (x_i, x_{i+1}, s_i, s_{i+1}, log-prob of the rollout [B]) of each kept transition
-Transitions = list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-
-
-@torch.no_grad()
-def collect(
-    pipeline: Any, cond: Conditioning, negative: Conditioning, options: argparse.Namespace, size: int
-) -> Transitions:
-    x = torch.randn((len(cond), *pipeline.latent_shape(size, size)), device=options.device)
-    sigmas = pipeline.sigmas(options.steps, size, size).to(options.device)
-    kept: Transitions = []
-    denoiser = pipeline.denoiser(cond, options.guidance, negative)
-    for i, taken in enumerate(denoise(denoiser, x, sigmas, "flow_sde", ETA)):
-        kept.append((x, taken.next, sigmas[i], sigmas[i + 1], taken.log_prob))
-        x = taken.next
-    return kept[: options.train_steps]
+from diffalign.algorithms import Memory
+from diffalign.algorithms.grpo import GRPO
+from diffalign.config import Sampling
+from diffalign.trainer import TrainedPolicy
+from diffalign.types import Rollout, UserError
 
 
 def update(
-    pipeline: Any,
-    cond: Conditioning,
-    negative: Conditioning,
-    kept: Transitions,
+    policy: TrainedPolicy,
+    rollout: Rollout,
     optimizer: torch.optim.Optimizer,
     options: argparse.Namespace,
     watch: Stopwatch,
-) -> Tensor:
-    """One optimizer step over all transitions; returns the mean |log-prob gap|."""
-    batch = len(cond)
-    advantages = torch.linspace(-1, 1, batch, device=options.device)
-    gaps: list[Tensor] = []
-    for x, following, s, s_next, old in kept:
-        for part in torch.arange(batch).split(options.micro):
-            denoiser = pipeline.denoiser(cond[part], options.guidance, negative)
-            x0, eps = denoiser.predict(x[part], s)
-            taken = step(denoiser.schedule, x0, eps, x[part], s, s_next, "flow_sde", ETA, next=following[part])
-            log_ratio = taken.log_prob - old[part]
-            ratio, a = log_ratio.exp(), advantages[part]
-            loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / (batch * len(kept))
+) -> float:
+    """One optimizer step over all stored transitions; returns the mean |log-prob gap|."""
+    algorithm, memory, gap = GRPO(name="grpo"), Memory(), 0.0
+    for index in torch.arange(len(rollout)).split(options.micro):
+        for loss in algorithm.losses(policy, rollout[index], memory):
             with watch.span("backward"):
-                loss.backward()
-            gaps.append(log_ratio.detach().abs())
-    torch.nn.utils.clip_grad_norm_(trainable_parameters(pipeline), 1.0)
+                (loss.per_sample.sum() / len(rollout)).backward()
+            gap += float(loss.metrics["logp_gap"].sum()) / len(rollout)
+    torch.nn.utils.clip_grad_norm_(trainable_parameters(policy.pipeline), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return torch.cat(gaps).mean()
+    return gap
 
 
 def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    size = options.size or (512 if options.model.startswith("random:") else 64)
     torch.manual_seed(0)
-    pipeline, cond, negative = build(options.model, options.batch, dtype, options.device)
+    pipeline = build(options.model, dtype, options.device)
     if options.full:
         add_full(pipeline)
     else:
@@ -84,7 +56,10 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         pipeline.network.enable_gradient_checkpointing()
     if options.compile:
         pipeline.compile_blocks()
-    kept = collect(pipeline, cond, negative, options, size)
+    rollout = roll(pipeline, options, range(options.train_steps))
+    rollout.advantages = torch.linspace(-1, 1, options.batch, device=options.device)
+    sampling = Sampling(steps=options.steps, kernel="cps", eta=0.7, guidance=options.guidance)
+    policy = TrainedPolicy(pipeline, sampling, pipeline.encode([""]) if options.guidance != 1 else None)
     optimizer = torch.optim.AdamW(trainable_parameters(pipeline), lr=3e-4)
     watch = Stopwatch(options.device)
     watch.forwards(pipeline.trainable, "forward")
@@ -94,10 +69,10 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     gap = 0.0
     for repeat in range(options.repeats + 1):
         with watch.span("total"):
-            drift = update(pipeline, cond, negative, kept, optimizer, options, watch)
+            drift = update(policy, rollout, optimizer, options, watch)
         spent = watch.seconds()
         if repeat == 0:
-            gap = drift.item()  # only before the first update are the two policies the same
+            gap = drift  # only before the first update are the two policies the same
         elif not best or spent["total"] < best["total"]:
             best = spent
     total = best["total"]
@@ -107,10 +82,10 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "compile": "blocks" if options.compile else "no",
         "checkpointing": "yes" if options.checkpoint else "no",
-        "size": size,
+        "size": image_size(options),
         "batch": options.batch,
         "micro": options.micro,
-        "trained steps": len(kept),
+        "trained steps": options.train_steps,
         "guidance": options.guidance,
         "s/step": f"{total:.3g}",
         "forward": f"{best['forward'] / total:.1%}",

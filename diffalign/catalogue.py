@@ -6,7 +6,7 @@ import ast
 from importlib.resources import files
 from typing import get_args
 
-from diffalign import loading, prompts
+from diffalign import loading, pipelines, prompts
 from diffalign.config import Kernel
 from diffalign.methods import summaries
 
@@ -19,7 +19,7 @@ def everything() -> dict[str, dict[str, str]]:
         "steering": summaries("diffalign.steering"),
         "pipelines": summaries("diffalign.pipelines"),
         "kernels": _kernels(),
-        "embedded models": dict.fromkeys(loading.embedded_models(), ""),
+        "embedded models": dict.fromkeys(pipelines.embedded_names(), ""),
         "presets": {name: text.partition("\n")[0].lstrip("# ") for name, text in loading.presets().items()},
         "prompt sets": prompts.EMBEDDED,
     }

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from diffalign import config_help, prompts, source
 from diffalign.config import Config
 from diffalign.methods import nearest
-from diffalign.pipelines import looks_like_hub_id
+from diffalign.pipelines import embedded_names, looks_like_hub_id
 from diffalign.source import Path as KeyPath
 from diffalign.types import UserError
 
@@ -23,14 +23,6 @@ def presets() -> dict[str, str]:
     """Text of each YAML preset that ships with diffalign, by its bare name."""
     found = [f for f in files("diffalign.configs").iterdir() if f.name.endswith(".yaml")]
     return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in sorted(found, key=lambda f: f.name)}
-
-
-def embedded_models() -> list[str]:
-    """Names of the text-to-image models that ship with diffalign."""
-    weights = files("diffalign.shapes") / "weights"
-    if not weights.is_dir():
-        return []
-    return sorted(f.name for f in weights.iterdir() if (f / "model_index.json").is_file())
 
 
 def read(name: str, overrides: Sequence[str] = ()) -> source.Source:
@@ -63,11 +55,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 def _missing(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """(key, sentence) for what the configuration names and this machine lacks."""
     model = config.model.path
-    if Path(model).expanduser().is_dir() and model not in embedded_models():
+    if Path(model).expanduser().is_dir() and model not in embedded_names():
         if not (Path(model).expanduser() / "model_index.json").is_file():
             yield ("model",), f"'{model}' is no diffusers folder: it has no model_index.json"
-    elif model not in embedded_models() and not looks_like_hub_id(model):
-        yield ("model",), f"no folder or embedded model '{model}'; {nearest(model, embedded_models())}"
+    elif model not in embedded_names() and not looks_like_hub_id(model):
+        yield ("model",), f"no folder or embedded model '{model}'; {nearest(model, embedded_names())}"
     wanted = {"train": (config.prompts.train, "trainer", config.trainer.prompts)}
     if config.prompts.test is not None:
         asked = config.evaluation.prompts if config.evaluation.every else 0

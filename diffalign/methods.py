@@ -60,9 +60,13 @@ def lookup(package: str, name: str, base: type[M]) -> Any:
     if "." in name:
         module_name, _, attribute = name.rpartition(".")
         try:
-            return inspect.getattr_static(importlib.import_module(module_name), attribute)
+            module = importlib.import_module(module_name)
         except ImportError as error:
             raise UserError(f"cannot import '{name}': {error}; is its folder on PYTHONPATH?") from error
+        except Exception as error:  # whatever the user's module does wrong while it is imported
+            raise UserError(f"cannot import '{name}': {type(error).__name__}: {error}; mend that module") from error
+        try:
+            return inspect.getattr_static(module, attribute)
         except AttributeError as error:
             raise UserError(f"module '{module_name}' has no '{attribute}'") from error
     known = available(package)

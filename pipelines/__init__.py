@@ -21,9 +21,9 @@ SIDECAR = "diffalign.json"  # what a folder exported by this library remembers b
 
 
 def embedded_names() -> list[str]:
-    """Names of the models that ship with the package."""
+    """Names of the text-to-image models that ship with the package."""
     root = Path(str(files("diffalign.shapes"))) / "weights"
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    return sorted(p.name for p in root.iterdir() if (p / "model_index.json").is_file()) if root.is_dir() else []
 
 
 def embedded_path(name: str) -> Path:
@@ -90,7 +90,9 @@ def load(
         # A part saved as null, such as the T5 of an SD3 without it, must be passed as None.
         absent: Any = {name: None for name, part in config.items() if part == [None, None]}
         absent |= dict.fromkeys(module.unused(max_sequence_length))
-        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtypes, **absent)
+        pipe = DiffusionPipeline.from_pretrained(
+            source, revision=revision, dtype=dtypes, use_safetensors=True, **absent
+        )
     except Exception as error:
         raise UserError(_unreadable(path, local, error)) from error
     _check_tokenizers(path, pipe)
