@@ -96,8 +96,7 @@ class SD3:
         self.network: Any = _placed(pipe.transformer, self.device, dtype)  # never wrapped
         self.trainable: torch.nn.Module = self.network  # what is called; a trainer may put its wrapped form here
         self.frozen: torch.nn.Module | None = None  # initial weights of a full fine-tuning; see diffalign.adapters
-        # channels_last halves a convolutional decoder's time on a CPU
-        _placed(pipe.vae, self.device, torch.float32).to(memory_format=torch.channels_last)
+        _placed(pipe.vae, self.device, torch.float32)
         for encoder in self._encoders().values():
             encoder.requires_grad_(False).eval().to(self.device)
         self._empty: Conditioning | None = None  # the empty prompt: guidance needs it after the encoders are gone

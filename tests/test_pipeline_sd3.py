@@ -223,7 +223,8 @@ def test_sizes_and_settings_that_do_not_fit(folder: Path, folder_t5: Path) -> No
     with pytest.raises(UserError, match="at least one step"):
         pipe.sigmas(0, 64, 64)
     with pytest.raises(UserError, match="1 to 512"):
-        ours(folder_t5, 0)  # T5 cannot encode no tokens
+        SD3(theirs(folder_t5), max_sequence_length=0)  # T5 cannot encode no tokens
+    assert ours(folder_t5, 0).pipe.text_encoder_3 is None  # so it is not loaded for none
     native = theirs(folder)
     native.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler"):
