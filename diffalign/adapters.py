@@ -22,8 +22,7 @@ from diffalign.pipelines import SIDECAR, looks_like_hub_id
 from diffalign.types import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
-# Initialisation of A; B starts at 0, so that a new LoRA changes nothing.
-INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}
+INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}  # of A; B starts at 0 and changes nothing
 
 
 class Adaptable(Protocol):
@@ -147,10 +146,9 @@ def export_lora(
         raise UserError(f"there is no LoRA named '{name}' to export; a full fine-tuning is exported with export_full")
     layers = get_peft_model_state_dict(network, adapter_name=name)
     if state is not None:
-        replaced = get_peft_model_state_dict(network, state_dict=dict(state), adapter_name=name)
-        if replaced.keys() != layers.keys():
+        known, layers = layers.keys(), get_peft_model_state_dict(network, state_dict=dict(state), adapter_name=name)
+        if known != layers.keys():
             raise ValueError(f"the given weights are not those of adapter '{name}'")
-        layers = replaced
     component = _component(pipeline)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -205,8 +203,8 @@ def export_full(pipeline: Adaptable, folder: str | Path, state: Mapping[str, Ten
         with _weights(pipeline.network, state):
             pipe.save_pretrained(scratch / "new")
         if pipeline.max_sequence_length is not None:
-            note = {"max_sequence_length": pipeline.max_sequence_length}
-            (scratch / "new" / SIDECAR).write_text(json.dumps(note) + "\n")
+            note = json.dumps({"max_sequence_length": pipeline.max_sequence_length})
+            (scratch / "new" / SIDECAR).write_text(f"{note}\n")
         if target.exists():
             os.replace(target, scratch / "old")
         os.replace(scratch / "new", target)
@@ -268,17 +266,15 @@ def _component(pipeline: Adaptable) -> str:
 
 def _whole(pipeline: Adaptable) -> Any:
     """The diffusers pipeline with all parts its source has: encoders that were released or never loaded are read."""
+    if pipeline.source is None and pipeline.pipe.text_encoder is None:
+        raise UserError("the text encoders were released; export before release_encoders()")
     if pipeline.source is None:
-        if pipeline.pipe.text_encoder is None:
-            raise UserError("the text encoders were released; export before release_encoders()")
         return pipeline.pipe
     path, revision = pipeline.source
     config = DiffusionPipeline.load_config(path, revision=revision)
     absent = {name: None for name, part in config.items() if part == [None, None]}
-    if not any(
-        part is None and config.get(name, [None, None]) != [None, None]
-        for name, part in pipeline.pipe.components.items()
-    ):
+    missing = {name for name, part in pipeline.pipe.components.items() if part is None and name in config}
+    if missing <= absent.keys():
         return pipeline.pipe
     parts = {**absent, _component(pipeline): pipeline.network, "vae": pipeline.pipe.vae}
     return DiffusionPipeline.from_pretrained(path, revision=revision, **parts)
