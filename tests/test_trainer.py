@@ -147,18 +147,30 @@ def test_a_missing_evaluation_is_made_up_for(run: Any) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["{name: lora, rank: 8, alpha: 16}", "{name: full}"])
-def test_it_learns(run: Any, adapter: str) -> None:
-    """Redness of held-out images of the embedded model rises by more than one image differs from another."""
-    rate = "trainer.lr=1e-4" if "full" in adapter else "trainer.lr=2e-3"
+def test_it_learns(run: Any, tmp_path: Path, adapter: str) -> None:
+    """The embedded model, free to choose the colour of "a circle", learns to choose red: same seeds, before and after."""
+    (tmp_path / "shapes.txt").write_text("a circle\na square\na triangle\na star\n")
     folder = run(
-        "learning", f"adapter={adapter}", rate, "model={path: tiny-sd3, device: cpu}", "trainer.epochs=12",
-        "sampling={steps: 5, kernel: cps, eta: 0.8, height: 64, width: 64}", "algorithm.window={size: 2, range: [0, 3]}",
-        "trainer.prompts=4", "trainer.images_per_prompt=8", "trainer.micro_batch=32", "trainer.ema=0",
-        "evaluation={every: 12, prompts: 8, images_per_prompt: 2, steps: 5}", "checkpoint.every=0",
-    )  # fmt: skip
-    before, after = (line["reward/redness"] for line in metrics(folder, "eval"))
-    samples = json.loads((folder / "eval" / "0000.json").read_text())["samples"]
-    assert after - before > torch.tensor([s["scores"]["redness"] for s in samples]).std()
+        "learning",
+        f"adapter={adapter}",
+        "trainer.lr=2e-4" if "full" in adapter else "trainer.lr=3e-3",
+        "model={path: tiny-sd3, device: cpu, dtype: bf16}",
+        f"prompts={{train: {tmp_path}/shapes.txt, test: {tmp_path}/shapes.txt}}",
+        "sampling={steps: 5, kernel: cps, eta: 0.8, height: 64, width: 64}",
+        "trainer.epochs=12",
+        "trainer.prompts=4",
+        "trainer.images_per_prompt=12",
+        "trainer.micro_batch=48",
+        "trainer.ema=0",
+        "evaluation={every: 12, prompts: 4, images_per_prompt: 8, steps: 5}",
+        "checkpoint.every=0",
+    )
+    before, after = (
+        torch.tensor([s["scores"]["redness"] for s in json.loads((folder / "eval" / name).read_text())["samples"]])
+        for name in ("0000.json", "0012.json")
+    )
+    risen = after - before
+    assert risen.mean() > 4 * risen.std() / len(risen) ** 0.5
     if "full" in adapter:
         assert StableDiffusion3Pipeline.from_pretrained(folder / "model").transformer is not None
 
