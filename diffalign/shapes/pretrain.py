@@ -117,7 +117,7 @@ def fit_transformer(latents: Tensor, data: Data, hidden: Tensor, pooled: Tensor,
     """Rectified flow, logit-normal times, one prompt in ten dropped (the last row of `hidden` is the empty prompt).
 
     Every 32nd batch sees the 256 zero tokens that StableDiffusion3Pipeline appends when there is no T5, so that a plain
-    `pipe(prompt)` works; elsewhere they are left out, which is five times as fast.
+    `pipe(prompt)` works; elsewhere they are left out, which is about three times as fast.
     """
     model = networks.transformer()
     if compiled:
