@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,17 +208,16 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    options = arguments("Speed of sampling.").parse_args()
-    if options.repeats < 1:
-        raise UserError("--repeats must be at least 1")
-    print(table([measure(options, dtype) for dtype in options.dtype]))
-    return 0
-
-
-if __name__ == "__main__":
+def report(options: argparse.Namespace, measure: Callable[[argparse.Namespace, str], dict[str, Any]]) -> None:
+    """Print one row for each dtype; a mistake is one sentence and exit code 2."""
     try:
-        sys.exit(main())
+        if options.repeats < 1:
+            raise UserError("--repeats must be at least 1")
+        print(table([measure(options, dtype) for dtype in options.dtype]))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    report(arguments("Speed of sampling.").parse_args(), measure)

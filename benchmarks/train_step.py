@@ -11,11 +11,10 @@ range. Prints a markdown table.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import torch
-from rollout import Stopwatch, arguments, build, image_size, peak_gib, roll, table
+from rollout import Stopwatch, arguments, build, image_size, peak_gib, report, roll
 
 from diffalign.adapters import add_full, add_lora, trainable_parameters
 from diffalign.algorithms import Memory
@@ -46,6 +45,8 @@ def update(
 
 
 def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    if not 1 <= options.train_steps < options.steps:
+        raise UserError("--train-steps must be at least 1 and below --steps")
     torch.manual_seed(0)
     pipeline = build(options.model, dtype, options.device)
     if options.full:
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+if __name__ == "__main__":
     parser = arguments("Speed and memory of a GRPO optimizer step.")
     parser.add_argument("--micro", type=int, help="micro-batch; default half the batch, so that its shape differs")
     parser.add_argument("--train-steps", type=int, default=2, help="transitions trained on, from the first")
@@ -104,15 +105,4 @@ def main() -> int:
     parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
     options = parser.parse_args()
     options.micro = options.micro or max(1, options.batch // 2)
-    if not 1 <= options.train_steps < options.steps or options.repeats < 1:
-        raise UserError("--train-steps must be at least 1 and below --steps, --repeats at least 1")
-    print(table([measure(options, dtype) for dtype in options.dtype]))
-    return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    report(options, measure)

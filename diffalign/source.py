@@ -135,9 +135,10 @@ def _parse(text: str, name: str, root: Path, origins: dict[Path, str], lines: bo
     try:
         node = loader.get_single_node()
         return None if node is None else walk(node, root, ())
+    except yaml.MarkedYAMLError as error:
+        at = f"{name}:{error.problem_mark.line + 1}" if lines and error.problem_mark is not None else name
+        raise UserError(f"{at}: not valid YAML: {error.problem or error}") from error
     except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f"{name}:{mark.line + 1}" if lines and mark is not None else name
-        raise UserError(f"{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"{name}: not valid YAML: {error}") from error
     finally:
         loader.dispose()

@@ -46,7 +46,7 @@ class Reward(Method):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> RewardOutput | Tensor | Sequence[float]:
         """images [B, 3, H, W] in [0, 1] -> B scores; NaN = this reward does not apply to that prompt."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__ or setup")
+        raise UserError(f"reward '{self.key}' cannot score: its class must define __call__, or setup to load weights")
 
 
 class FunctionReward(Reward):
