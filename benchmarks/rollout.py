@@ -19,9 +19,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from diffalign import pipelines
-from diffalign.config import Sampling
 from diffalign.pipelines.sd3 import SD3
 from diffalign.rollout import collect
+from diffalign.sections import Sampling
 from diffalign.types import Conditioning, Rollout, UserError
 
 # transformer/config.json of stabilityai/stable-diffusion-3.5-medium and -large

@@ -19,7 +19,7 @@ from rollout import Stopwatch, arguments, build, image_size, peak_gib, report, r
 from diffalign.adapters import add_full, add_lora, trainable_parameters
 from diffalign.algorithms import Memory
 from diffalign.algorithms.grpo import GRPO
-from diffalign.config import Sampling
+from diffalign.sections import Sampling
 from diffalign.trainer import TrainedPolicy
 from diffalign.types import Rollout, UserError
 

@@ -7,14 +7,16 @@ from importlib.resources import files
 from typing import get_args
 
 from diffalign import loading, pipelines, prompts
-from diffalign.config import Kernel
 from diffalign.methods import summaries
+from diffalign.sections import Kernel
 
 
 def everything() -> dict[str, dict[str, str]]:
     """Kind -> name -> summary."""
     return {
         "algorithms": summaries("diffalign.algorithms"),
+        "advantages": summaries("diffalign.advantages"),
+        "curriculums": summaries("diffalign.curriculums"),
         "rewards": summaries("diffalign.rewards"),
         "steering": summaries("diffalign.steering"),
         "pipelines": summaries("diffalign.pipelines"),

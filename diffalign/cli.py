@@ -123,8 +123,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from diffalign import prompts
-    from diffalign.config import Sampling
     from diffalign.config_help import validated
+    from diffalign.sections import Sampling
 
     if args.prompt and not all(p.strip() for p in args.prompt):
         raise UserError("a prompt is empty; write what the image should show")

@@ -9,8 +9,10 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from diffalign.advantages import Advantage
 from diffalign.algorithms import Algorithm
 from diffalign.config import Config
+from diffalign.curriculums import Curriculum
 from diffalign.fields import method_class
 from diffalign.methods import Method, available, nearest
 from diffalign.rewards import Reward
@@ -18,7 +20,12 @@ from diffalign.source import Path, Source
 from diffalign.types import UserError
 
 S = TypeVar("S", bound=BaseModel)
-PACKAGES: dict[type[Method], str] = {Algorithm: "diffalign.algorithms", Reward: "diffalign.rewards"}
+PACKAGES: dict[type[Method], str] = {
+    Algorithm: "diffalign.algorithms",
+    Advantage: "diffalign.advantages",
+    Curriculum: "diffalign.curriculums",
+    Reward: "diffalign.rewards",
+}
 EXPECTED = {
     "float": "a number",
     "int": "a whole number",
@@ -55,7 +62,7 @@ def _written(loc: Path, kind: str, data: Any) -> Path:
         elif not (i == len(loc) - 1 and kind in ("missing", "conflict")):
             continue
         path = (*path, key)
-    return (*path, "name") if kind == "union_tag_invalid" else path
+    return (*path, "name") if kind in ("union_tag_invalid", "union_tag_not_found") else path
 
 
 def _sentence(error: ErrorDetails, path: Path, data: dict[str, Any]) -> str:
@@ -63,7 +70,7 @@ def _sentence(error: ErrorDetails, path: Path, data: dict[str, Any]) -> str:
     got = f", got {shown(error['input'])}"
     if kind == "extra_forbidden":
         return f"unknown key; {nearest(str(path[-1]), [n for m in models_at(path[:-1], data) for n in m.model_fields])}"
-    if kind == "missing":
+    if kind in ("missing", "union_tag_not_found"):
         return "one more item is required" if isinstance(path[-1], int) else "this key is required"
     if kind == "value_error":
         return str(context["error"])
@@ -140,7 +147,7 @@ def explain(key: str, data: dict[str, Any]) -> str:
         field = model.model_fields[word]
         default = "" if field.is_required() else f" = {shown(field.get_default(call_default_factory=True))}"
         lines.append(f"{_title(model, holders)}{key}{default}: {field.description or ''}")
-    inside = models_at(path, data)
+    inside = list(dict.fromkeys(models_at(path, data)))
     for model in inside:
         lines += [f"  {_title(model, inside)}{n}: {f.description or ''}" for n, f in model.model_fields.items()]
     return "\n".join(lines)
@@ -196,6 +203,6 @@ def schema() -> dict[str, Any]:
         own = {"type": "object", "properties": {"name": {"type": "string", "pattern": "\\."}}, "required": ["name"]}
         choices[base.__name__] = [*shapes, own]
         definitions[base.__name__] = {"anyOf": choices[base.__name__]}
-    for key in ("model", "advantage", "adapter"):
+    for key in ("model", "adapter"):
         out["properties"][key] = {"anyOf": [out["properties"][key], {"type": "string"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **out, "title": "diffalign run"}

@@ -10,21 +10,25 @@ from torch import Tensor
 
 
 class EMA:
-    """theta_ema <- theta_ema + (1 - d) (theta - theta_ema), d = min((1 + n) / (10 + n), decay) after n updates.
+    """theta_ema <- theta_ema + (1 - d) (theta - theta_ema), d = min((1 + n) / (10 + n), decay) after n optimizer steps.
 
-    The warm-up forgets the initial weights quickly; decay 0 follows the weights exactly.
+    Only every `every`-th step counts, the first being the one at which n + 1 = `every`. The warm-up forgets the initial
+    weights quickly; decay 0 follows the weights exactly.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], decay: float, every: int = 1) -> None:
         self.parameters = list(parameters)
         self.decay = decay
-        self.updates = 0
+        self.every = every
+        self.updates = 0  # optimizer steps so far
         self.shadow = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        d = min((1 + self.updates) / (10 + self.updates), self.decay)
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - d)
+        """To be called once after each optimizer step."""
+        if (self.updates + 1) % self.every == 0:
+            d = min((1 + self.updates) / (10 + self.updates), self.decay)
+            torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - d)
         self.updates += 1
 
     @contextmanager

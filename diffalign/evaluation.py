@@ -21,7 +21,7 @@ from diffalign.rollout import collect, sample_seed
 from diffalign.types import Pipeline
 
 if TYPE_CHECKING:
-    from diffalign.config import Sampling
+    from diffalign.sections import Sampling
 
 SEED_EPOCH = 2**32 - 1  # an epoch number that training never reaches
 SHOWN = 24  # images stored for the report

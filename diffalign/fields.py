@@ -8,7 +8,9 @@ from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, Strict
 
+from diffalign.advantages import Advantage
 from diffalign.algorithms import Algorithm
+from diffalign.curriculums import Curriculum
 from diffalign.methods import Method, lookup
 from diffalign.rewards import FunctionReward, Reward, resolve
 from diffalign.types import UserError
@@ -72,3 +74,5 @@ def method_class(package: str, base: type[M], name: str) -> type[M]:
 
 Rewards = Annotated[tuple[Annotated[SerializeAsAny[Reward], method("diffalign.rewards", Reward)], ...], YAML_LIST]
 AlgorithmChoice = Annotated[SerializeAsAny[Algorithm], method("diffalign.algorithms", Algorithm)]
+AdvantageChoice = Annotated[SerializeAsAny[Advantage], method("diffalign.advantages", Advantage)]
+CurriculumChoice = Annotated[SerializeAsAny[Curriculum], method("diffalign.curriculums", Curriculum)]

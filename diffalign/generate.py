@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.config import Sampling
 from diffalign.images import grid, save_png
 from diffalign.rollout import collect, sample_seed
+from diffalign.sections import Sampling
 from diffalign.types import Pipeline, UserError
 
 GRID_ROWS = 32  # prompts in the grid; it has to stay an image one can open

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.clock import Clock
 from diffalign.samplers import denoise, randn
 from diffalign.solvers import SOLVERS
 from diffalign.types import Conditioning, Pipeline, Rollout
 
 if TYPE_CHECKING:
-    from diffalign.config import Sampling
+    from diffalign.sections import Sampling
 
 
 def sample_seed(seed: int, epoch: int, prompt: int, image: int) -> int:
@@ -37,6 +38,9 @@ def collect(
     sampling: Sampling,
     kept: Sequence[int] = (),
     micro_batch: int = 8,
+    start: Tensor | None = None,
+    stochastic: Sequence[int] | None = None,
+    clock: Clock | None = None,
 ) -> Rollout:
     """Sample one image for each entry of `prompts` and keep the transitions of the `kept` steps.
 
@@ -44,19 +48,32 @@ def collect(
         prompts: B metadata dictionaries with the text under "prompt"; repeat an entry for several images.
         group: [B] prompt ids.
         seeds: [B] int64; the initial noise and then the noise of each stochastic step are drawn from it.
-        kept: step indices that use `sampling.kernel` and are stored; the other steps are deterministic.
+        kept: step indices whose transitions are stored.
         micro_batch: samples made at a time; a memory knob.
+        start: [B] seeds of the initial noise, when it is not to come from `seeds`; images may share one.
+        stochastic: step indices that use `sampling.kernel`, by default the kept ones; the others are deterministic.
+        clock: gets the seconds of encode, rollout and decode.
     """
+    clock = clock if clock is not None else Clock(pipeline.device)
     texts = [m["prompt"] for m in prompts]
-    cond = pipeline.encode(texts)
-    negative = pipeline.encode([sampling.negative_prompt]) if sampling.guidance != 1 else None
+    with clock("encode"):
+        cond = pipeline.encode(texts)
+        negative = pipeline.encode([sampling.negative_prompt]) if sampling.guidance != 1 else None
     sigmas = pipeline.sigmas(sampling.steps, sampling.height, sampling.width)
     shape = pipeline.latent_shape(sampling.height, sampling.width)
+    noisy = frozenset(kept if stochastic is None else stochastic)
     parts = []
     for rows in torch.arange(len(texts)).split(micro_batch):
         noise = generators(seeds[rows])
-        x = randn((len(rows), *shape), noise, pipeline.device)
-        parts.append(_sample(pipeline, cond[rows], negative, x, sigmas, sampling, list(kept), noise))
+        x = randn((len(rows), *shape), noise if start is None else generators(start[rows]), pipeline.device)
+        with clock("rollout"):
+            x0, states, log_probs = _sample(
+                pipeline, cond[rows], negative, x, sigmas, sampling, noisy, list(kept), noise
+            )
+        with clock("decode"):
+            # Images are large and the network never needs them again: they do not stay on the accelerator.
+            images = pipeline.decode(x0).cpu()
+        parts.append((x0, images, states, log_probs))
     x0, images, states, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Rollout(
         prompts=texts,
@@ -80,16 +97,17 @@ def _sample(
     x: Tensor,
     sigmas: Tensor,
     sampling: Sampling,
+    stochastic: frozenset[int],
     kept: list[int],
     noise: list[torch.Generator],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One micro-batch: final latents, images, states [b, K, 2, ...] and log-probs [b, K]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One micro-batch: final latents, states [b, K, 2, ...] and log-probs [b, K]."""
     denoiser = pipeline.denoiser(cond, sampling.guidance, negative)
     states, log_probs = [], []
     if sampling.kernel in SOLVERS:
         walk = SOLVERS[sampling.kernel](denoiser, x, sigmas)
     else:
-        walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, frozenset(kept), noise)
+        walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, stochastic, noise)
     for i, taken in enumerate(walk):
         if i in kept:
             states.append(torch.stack([x, taken.next], 1))
@@ -98,5 +116,4 @@ def _sample(
     empty = x.new_empty(len(x), 0)
     kept_states = torch.stack(states, 1) if states else empty
     kept_log_probs = torch.stack(log_probs, 1) if log_probs else empty
-    # Images are the largest part and the network never needs them again: they do not stay on the accelerator.
-    return x, pipeline.decode(x).cpu(), kept_states, kept_log_probs
+    return x, kept_states, kept_log_probs

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign import adapters, checkpoint, pipelines, prompts, rewards
 from diffalign.algorithms import Memory
 from diffalign.config import Config
 from diffalign.ema import EMA
+from diffalign.guard import Watch
 from diffalign.loading import save as save_config
 from diffalign.tracking import Tracker
 from diffalign.types import UserError
@@ -35,6 +36,8 @@ class Run:
     scorers: dict[str, rewards.Scorer]
     eval_scorers: dict[str, rewards.Scorer]
     tracker: Tracker
+    watch: Watch
+    states: dict[str, dict[str, Tensor]]  # of the advantage estimator and of the curriculum
     train_prompts: list[dict[str, Any]]
     test_prompts: list[dict[str, Any]] = field(default_factory=list)
     epoch: int = 0
@@ -70,8 +73,9 @@ def prepare(config: Config, resume: str | None) -> Run:
     parameters: dict[str, nn.Parameter] = {n: p for n, p in pipeline.network.named_parameters() if p.requires_grad}
     t = config.trainer
     optimizer = torch.optim.AdamW(parameters.values(), t.lr, t.betas, weight_decay=t.weight_decay)
-    ema = EMA(list(parameters.values()), t.ema) if t.ema else None
+    ema = EMA(list(parameters.values()), t.ema, t.ema_every) if t.ema else None
     memory = config.algorithm.start(pipeline, parameters)
+    states = {"advantage": config.advantage.start(), "curriculum": config.curriculum.start(len(train_prompts))}
     saved = config.model_dump(mode="json")
     begun = checkpoint.load(start, parameters, optimizer, ema, memory, saved) if start else 0
     if accelerator.is_main_process:
@@ -83,7 +87,7 @@ def prepare(config: Config, resume: str | None) -> Run:
     tracker = Tracker(accelerator, folder, t.epochs, begun)
     return Run(
         config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
-        train_prompts, test_prompts, begun,
+        Watch(config.guard), states, train_prompts, test_prompts, begun,
     )  # fmt: skip
 
 

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import random
+import math
+import resource
+import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffalign import adapters, evaluation, rewards
-from diffalign.advantages import group_advantages, weighted_sum
-from diffalign.algorithms import Algorithm
-from diffalign.config import Config, Sampling
+from diffalign import evaluation, rewards
+from diffalign.advantages._statistics import combined
+from diffalign.clock import Clock
+from diffalign.config import Config
+from diffalign.curriculums import k_repeat
 from diffalign.eval import report
 from diffalign.interrupt import Interrupt
 from diffalign.rollout import collect, sample_seed
 from diffalign.run import Run, export, prepare, save
-from diffalign.types import Conditioning, Denoiser, Rollout, UserError
+from diffalign.rewards import shaped
+from diffalign.types import Rollout, UserError
+from diffalign.update import update
 
-
-@dataclass(frozen=True)
-class TrainedPolicy:
-    """The model as an algorithm sees it, with the sampling it was rolled out with; see :class:`algorithms.Policy`."""
-
-    pipeline: Any  # a Pipeline that adapters can work on
-    sampling: Sampling
-    negative: Conditioning | None
-
-    @property
-    def kernel(self) -> str:
-        return self.sampling.kernel
-
-    @property
-    def eta(self) -> float:
-        return self.sampling.eta
-
-    def denoiser(self, cond: Conditioning) -> Denoiser:
-        denoiser: Denoiser = self.pipeline.denoiser(cond, self.sampling.guidance, self.negative)
-        return denoiser
-
-    def reference(self) -> AbstractContextManager[None]:
-        return adapters.reference(self.pipeline)
+GROUP = 2**31  # the image number whose seed is that of the noise a group shares
+SHOWN = {  # metric -> (its name in the progress line, format)
+    "grad_norm": ("grad", ".2g"),
+    "kl": ("kl", ".2g"),
+    "clip_fraction": ("clipped", ".0%"),
+    "zero_advantage_groups": ("flat groups", ".0%"),
+    "images_per_second": ("images/s", ".1f"),
+    "seconds": ("s", ".1f"),
+}
 
 
 def train(config: Config, resume: str | None = None) -> Path:
@@ -79,45 +69,54 @@ def train(config: Config, resume: str | None = None) -> Path:
 
 
 def epoch(run: Run) -> None:
-    """One rollout and one optimizer step."""
-    config, began = run.config, time.monotonic()
-    algorithm: Algorithm = config.algorithm
-    rollout, total = sample(run)
-    sampled = time.monotonic()
+    """One rollout and its optimizer steps."""
+    config, clock = run.config, Clock(run.pipeline.device)
+    began = time.monotonic()
+    rollout, first, total = sample(run, clock)
     assert rollout.images is not None
     if not all(gather_object([bool(rollout.images.isfinite().all())])):
         raise UserError(
             f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
             "with a lower trainer.lr"
         )
-    with torch.no_grad():
+    with clock("reward"), torch.no_grad():
         rollout.rewards = rewards.score(
             run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
         )
     values = advantages(run, rollout)
-    scored = time.monotonic()
-    values |= update(run, algorithm, rollout, total)
+    with clock("train"):
+        values |= update(run, rollout, first, total)
+    for key, sentence in config.algorithm.warnings(values).items():
+        run.tracker.warn(key, f"epoch {run.epoch + 1}: {sentence}")
     run.epoch += 1
-    now = time.monotonic()
-    values |= {
-        "seconds": now - began,
-        "seconds/rollout": sampled - began,
-        "seconds/reward": scored - sampled,
-        "seconds/train": now - scored,
-        "images_per_second": total / (now - began),
-    }
+    seconds = time.monotonic() - began
+    values |= {"images_per_second": total / seconds, "seconds": seconds, "memory_gib": peak_memory(run)}
+    values |= {f"seconds/{phase}": s for phase, s in clock.seconds.items()}
     run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
-    shown = "  ".join(f"{name} {values.get(f'reward/{name}', float('nan')):.3f}" for name in run.scorers)
-    run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {shown}  {now - began:.1f} s")
+    shown = [f"{name} {values.get(f'reward/{name}', math.nan):.3f}" for name in run.scorers]
+    shown += [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items() if key in values]
+    run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {'  '.join(shown)}")
 
 
-def sample(run: Run) -> tuple[Rollout, int]:
-    """This process's share of the epoch's images, and how many there are over all processes."""
-    t, c = run.config.trainer, run.config
-    chosen = random.Random(f"prompts {c.seed} {run.epoch}").sample(range(len(run.train_prompts)), t.prompts)
-    pairs = [(p, j) for p in chosen for j in range(t.images_per_prompt)]
-    share = torch.arange(len(pairs)).tensor_split(run.accelerator.num_processes)[run.accelerator.process_index]
-    mine = [pairs[i] for i in share.tolist()]
+def peak_memory(run: Run) -> float:
+    """GiB that the accelerator's allocator has held at most, or that this process has on a CPU."""
+    if run.accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.accelerator.device) / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kilobytes / 2**20
+
+
+def sample(run: Run, clock: Clock) -> tuple[Rollout, int, int]:
+    """This process's share of the epoch's images, the number of its first one, and how many there are in all."""
+    t, c, algorithm = run.config.trainer, run.config, run.config.algorithm
+    generator = torch.Generator().manual_seed(sample_seed(c.seed, run.epoch, len(run.train_prompts), t.prompts))
+    chosen = c.curriculum.draw(len(run.train_prompts), t.prompts, generator, run.states["curriculum"])
+    order = k_repeat(chosen, t.images_per_prompt, generator).tolist()
+    counts: dict[int, count[int]] = {p: count() for p in chosen.tolist()}
+    pairs = [(p, next(counts[p])) for p in order]
+    share = torch.arange(len(pairs)).tensor_split(run.accelerator.num_processes)[run.accelerator.process_index].tolist()
+    mine = [pairs[i] for i in share]
+    shared = torch.tensor([sample_seed(c.seed, run.epoch, p, GROUP) for p, _ in mine])
     with run.memory.acting():
         rollout = collect(
             run.pipeline,
@@ -125,86 +124,51 @@ def sample(run: Run) -> tuple[Rollout, int]:
             torch.tensor([p for p, _ in mine]),
             torch.tensor([sample_seed(c.seed, run.epoch, p, j) for p, j in mine]),
             c.sampling,
-            c.algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
+            algorithm.kept(c.sampling.steps, c.seed, run.epoch),
             t.micro_batch,
+            torch.tensor([sample_seed(c.seed, run.epoch, p, GROUP) for p, _ in mine])
+            if c.sampling.shared_noise
+            else None,
+            algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
+            clock,
         )
-    return rollout, len(pairs)
+    return rollout, share[0] if share else 0, len(pairs)
 
 
 def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
     """Set the advantages from the rewards of all processes; returns what to log of them."""
-    a, weights = run.config.advantage, {name: s.reward.weight for name, s in run.scorers.items()}
+    method = run.config.advantage
+    by_name = {name: s.reward for name, s in run.scorers.items()}
     mine = {"group": rollout.group.cpu(), **{name: r.cpu() for name, r in rollout.rewards.items()}}
+    mine[""] = rollout.x0.float().flatten(1).square().mean(1).sqrt().cpu()
     parts: list[dict[str, Tensor]] = gather_object([mine])
     every = {name: torch.cat([part[name] for part in parts]) for name in mine}
-    group = every.pop("group")
-    total = weighted_sum(every, weights, group)
-    if bool(total.isnan().all()):
+    group, x0_norm = every.pop("group"), every.pop("")
+    if all(bool(r.isnan().all()) for r in every.values()):
         raise UserError(
-            f"no reward applies to any of the {len(total)} images of epoch {run.epoch + 1}; check that the prompt set "
+            f"no reward applies to any of the {len(group)} images of epoch {run.epoch + 1}; check that the prompt set "
             "carries the metadata they need"
         )
-    values = group_advantages(total, group, a.std, a.ddof, a.eps)
-    values = values.nan_to_num(0.0).clamp(-a.clip, a.clip)
+    shaped_rewards = {name: shaped(by_name[name], r) for name, r in every.items()}
+    weights = {name: reward.weight for name, reward in by_name.items()}
+    values = method(shaped_rewards, weights, group, run.states["advantage"])
+    run.config.curriculum.learn(group, values, combined(shaped_rewards, weights, group), run.states["curriculum"])
+    values = values.nan_to_num(0.0).clamp(-method.clip, method.clip)
     first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
-    own = values[first : first + len(rollout)]
-    rollout.advantages = own.float().to(rollout.x0.device)
+    rollout.advantages = values[first : first + len(rollout)].float().to(rollout.x0.device)
     _, row = group.unique(return_inverse=True)
     largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
-    logged = {"zero_advantage_groups": float((largest == 0).double().mean())}
+    logged = {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
+    spread = {}
     for name, r in every.items():
         valid = r[~r.isnan()].double()
         if len(valid):
-            logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": float(valid.std(correction=0))}
+            spread[name] = float(valid.std(correction=0))
+            logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": spread[name]}
         if len(valid) < len(r):
             logged[f"applies/{name}"] = len(valid) / len(r)
+    run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
     return logged
-
-
-def update(run: Run, algorithm: Algorithm, rollout: Rollout, total: int) -> dict[str, float]:
-    """Back-propagate every loss over this process's samples, sum gradients over processes, take one step."""
-    c = run.config
-    negative = run.pipeline.encode([c.sampling.negative_prompt]) if c.sampling.guidance != 1 else None
-    policy = TrainedPolicy(run.pipeline, c.sampling, negative)
-    rows = algorithm.trains_on(rollout).nonzero().flatten().cpu()
-    sums: dict[str, float] = {"trained": float(len(rows))}
-    for index in rows.split(c.trainer.micro_batch) if len(rows) else ():
-        for loss in algorithm.losses(policy, rollout[index], run.memory):
-            value = loss.per_sample.sum() / total
-            value.backward()
-            for name, metric in {"loss": loss.per_sample.detach(), **loss.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(metric.sum())
-    reduce_gradients(run)
-    norm = float(nn.utils.clip_grad_norm_(run.parameters.values(), c.trainer.max_grad_norm))
-    if not norm < float("inf"):
-        raise UserError(
-            f"gradients of epoch {run.epoch + 1} are not finite, so it was not applied; resume from the last "
-            "checkpoint with a lower trainer.lr, or with model.dtype fp32"
-        )
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.memory.after_step()
-    if run.ema is not None:
-        run.ema.update()
-    shared: list[dict[str, float]] = gather_object([sums])
-    trained = sum(part["trained"] for part in shared)
-    names = dict.fromkeys(name for part in shared for name in part if name != "trained")
-    logged = {name: sum(part.get(name, 0.0) for part in shared) / max(trained, 1.0) for name in names}
-    return logged | {"grad_norm": norm, "trained_images": trained}
-
-
-@torch.no_grad()
-def reduce_gradients(run: Run) -> None:
-    """Sum over processes in one message. By hand, because a process may have nothing to back-propagate."""
-    for p in run.parameters.values():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if run.accelerator.num_processes == 1:
-        return
-    gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
-    flat: Tensor = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def evaluate_if_due(run: Run) -> None:

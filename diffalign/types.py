@@ -85,6 +85,7 @@ class Rollout:
     images: Tensor | None = None  # [B, 3, H, W] in [0, 1]
     rewards: dict[str, Tensor] = field(default_factory=dict)  # name -> [B]
     advantages: Tensor | None = None  # [B]
+    old: dict[str, Tensor] = field(default_factory=dict)  # name -> [B, ...], the sampling policy as training sees it
 
     SHARED = ("sigmas", "kept")
 

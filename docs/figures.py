@@ -10,12 +10,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffalign import pipelines
-from diffalign.config import Sampling
 from diffalign.eval.charts import Series, chart
 from diffalign.eval.comparison import mean_score
 from diffalign.eval.run_folder import Run, read
 from diffalign.images import grid
 from diffalign.rollout import collect, sample_seed
+from diffalign.sections import Sampling
 from diffalign.shapes import prompts
 from diffalign.shapes.world import render
 

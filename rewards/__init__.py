@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import PrivateAttr, ValidationError
 
 from diffalign.methods import Method, lookup
+from diffalign.shaping import Shape
 from diffalign.types import RewardOutput, UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Reward(Method):
     """Weight of this reward in the total advantage."""
     label: str | None = None
     """Name in logs, needed when one head is used twice; by default the name without its path."""
+    shape: Shape | None = None
+    """Bend the scores before they are trained on, against reward hacking; logs and evaluation keep the raw ones."""
 
     differentiable: ClassVar[bool] = False
     """The scores carry gradients to the images."""
@@ -127,6 +130,11 @@ def build(entries: Sequence[str | Mapping[str, Any] | Reward], device: torch.dev
             raise UserError(f"two rewards are called '{reward.key}'; give one of them a label")
         rewards[reward.key] = reward
     return {key: Scorer(reward, reward.setup(device), device) for key, reward in rewards.items()}
+
+
+def shaped(reward: Reward, scores: Tensor) -> Tensor:
+    """What advantages are made of: [B] float64, the scores bent by the reward's `shape`; NaN stays NaN."""
+    return scores.double() if reward.shape is None else reward.shape(scores.double())
 
 
 def score(

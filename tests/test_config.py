@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from diffalign import config_help, loading, prompts, source
-from diffalign.config import AdvantageConfig, Full, Lora
+from diffalign.advantages.group import Group
+from diffalign.sections import Full, Lora
 from diffalign.types import UserError
 
 RUN = """\
@@ -59,9 +60,9 @@ def test_a_run_is_read_as_written(run: Path) -> None:
     config = loading.load(str(run))
     assert config.model.path == "./model" and config.model.dtype == "fp32"
     assert config.trainer.lr == 3e-4 and config.trainer.betas == (0.9, 0.999)
-    assert config.algorithm.model_dump()["window"] == {"size": 3, "range": (0, 5)}
+    assert config.algorithm.model_dump()["window"]["range"] == (0, 5)
     assert [(r.name, r.weight) for r in config.rewards] == [("jpeg", 0.5)]
-    assert config.adapter == Lora() and config.advantage == AdvantageConfig()
+    assert config.adapter == Lora() and config.advantage == Group(name="group")
     assert config.evaluation.rewards == config.rewards
 
 
@@ -101,7 +102,8 @@ def test_overrides(run: Path) -> None:
     assert (config.model.path, config.model.dtype) == ("./model", "bf16")
     assert config.algorithm.model_dump()["window"] is None
     assert config.sampling.negative_prompt == "a=b, c"
-    assert (config.advantage.std, config.adapter.name, config.output) == ("none", "full", "runs/other")
+    assert config.advantage == Group(name="group", std="none")
+    assert (config.adapter.name, config.output) == ("full", "runs/other")
     assert loading.load(str(run)).trainer.epochs == 3, "the file's own values are untouched"
 
 
@@ -158,7 +160,7 @@ def test_mistakes_in_a_file(run: Path, old: str, new: str, said: str) -> None:
         ("trainer.betas=[0.9]", "trainer.betas.1: one more item is required"),
         ("trainer.betas=[0.9, 0.9, 0.9]", "trainer.betas: expected at most 2 items, got [0.9, 0.9, 0.9]"),
         ("trainer.images_per_prompt=1", "trainer.images_per_prompt: must be at least 2, got 1: an image is compared with others of its prompt"),
-        ("trainer.updates_per_rollout=2", "trainer.updates_per_rollout: only 1 update per rollout is supported, got 2"),
+        ("trainer.updates_per_rollout=9", "trainer.updates_per_rollout: 9 updates need as many images, got 8 an epoch"),
         ("trainer.prompts=9999", "trainer.prompts: 9999 prompts asked, but 'shapes-train' holds 476; ask for 476 or fewer"),
         ("evaluation.prompts=241", "evaluation.prompts: 241 prompts asked, but 'shapes-test' holds 240; ask for 240 or fewer"),
         ("sampling.kernel=ode", "sampling.kernel: 'grpo' needs a stochastic kernel; take cps or flow_sde"),

@@ -14,9 +14,9 @@ from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffalign import pipelines, rewards
-from diffalign.config import Sampling
 from diffalign.rollout import collect, sample_seed
 from diffalign.samplers import denoise, drain
+from diffalign.sections import Sampling
 from diffalign.shapes import prompts, world
 from diffalign.shapes.detector import detect
 

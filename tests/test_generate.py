@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.config import Sampling
 from diffalign.generate import generate, native_size
 from diffalign.images import grid, save_png
 from diffalign.schedules import RectifiedFlow
+from diffalign.sections import Sampling
 from diffalign.types import Conditioning, UserError
 
 SAMPLING = Sampling(steps=3, kernel="ode", eta=0.0, height=8, width=16)

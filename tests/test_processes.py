@@ -20,10 +20,13 @@ model: {{path: {model}, device: cpu}}
 output: {output}
 prompts: {{train: shapes-train, test: shapes-test}}
 sampling: {{steps: 4, kernel: cps, eta: 0.7, height: 32, width: 32}}
+advantage: buffered
+curriculum: variance
 algorithm: {{name: grpo, window: {{size: 2, range: [0, 3]}}, kl: {{weight: 0.1}}}}
 rewards: [jpeg]
 adapter: {{name: lora, rank: 4, alpha: 8}}
-trainer: {{epochs: 2, prompts: 1, images_per_prompt: 3, micro_batch: 2, lr: 1e-3, ema: 0.9}}
+trainer: {{epochs: 2, prompts: 1, images_per_prompt: 3, micro_batch: 2, lr: 1e-3, ema: 0.9,
+  updates_per_rollout: 2, passes: 2}}
 evaluation: {{every: 2, prompts: 3, images_per_prompt: 1, steps: 2}}
 """
 

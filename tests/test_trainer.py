@@ -14,8 +14,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from diffalign import loading, trainer
+from diffalign import loading, pipelines, trainer
 from diffalign.ema import EMA
+from diffalign.rollout import collect
+from diffalign.sections import Sampling
 from diffalign.types import UserError
 
 SETTINGS = """
@@ -82,6 +84,24 @@ def test_a_run_writes_what_it_promises(run: Any, model: Path) -> None:
 def test_micro_batch_changes_nothing(run: Any) -> None:
     assert_same(weights(run("six")), weights(run("one", "trainer.micro_batch=1")), 1e-5)
     assert_same(weights(run("four", "trainer.micro_batch=4")), weights(run("six-again")), 1e-5)
+    several = ("trainer.updates_per_rollout=2", "trainer.passes=2", "sampling.guidance=2")
+    folder = run("several", *several)
+    assert_same(weights(folder), weights(run("several-1", *several, "trainer.micro_batch=1")), 1e-5)
+    assert all(0 < abs(line["ratio"] - 1) < 0.1 and line["logp_gap"] < 1e-6 for line in metrics(folder, "train"))
+
+
+def test_images_of_a_prompt_may_share_their_first_noise(run: Any, model: Path) -> None:
+    """With the same start and no noise in the first steps they are equal until the window, and differ after it."""
+    pipeline = pipelines.load(model, device="cpu")
+    sampling = Sampling(steps=4, kernel="cps", eta=0.7, height=32, width=32, shared_noise=True)
+    prompts, seeds = [{"prompt": "a cat"}] * 2, torch.tensor([1, 2])
+    rollout = collect(pipeline, prompts, torch.zeros(2), seeds, sampling, [1], start=torch.tensor([7, 7]))
+    assert rollout.states is not None
+    torch.testing.assert_close(rollout.states[0, 0, 0], rollout.states[1, 0, 0], rtol=0, atol=1e-5)
+    assert (rollout.states[0, 0, 1] - rollout.states[1, 0, 1]).abs().max() > 0.1
+    shared, own = (run(f"shared {x}", f"sampling.shared_noise={x}", "trainer.epochs=1") for x in ("true", "false"))
+    stds = [metrics(folder, "train")[0]["reward/redness_std"] for folder in (shared, own)]
+    assert 0 < stds[0] < stds[1]
 
 
 def test_resume_is_exact(run: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -13,7 +13,7 @@ from diffalign.methods import Method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from diffalign.config import Sampling
+    from diffalign.sections import Sampling
     from diffalign.types import Conditioning, Denoiser, Rollout
 
 
@@ -34,8 +34,8 @@ class Policy(Protocol):
     @property
     def eta(self) -> float: ...
 
-    def denoiser(self, cond: Conditioning) -> Denoiser:
-        """The trained model with the guidance it was sampled with."""
+    def denoiser(self, cond: Conditioning, guided: bool = True) -> Denoiser:
+        """The trained model with the guidance it was sampled with, or without any."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -89,12 +89,27 @@ class Algorithm(Method):
         return Memory()
 
     def stochastic(self, steps: int, seed: int, epoch: int) -> list[int]:
-        """Indices of the steps that are sampled with noise and stored in this epoch; the same on every process."""
+        """Indices of the steps that are sampled with noise in this epoch; the same on every process."""
         return []
+
+    def kept(self, steps: int, seed: int, epoch: int) -> list[int]:
+        """Indices of the steps whose transitions are stored, because they are trained."""
+        return self.stochastic(steps, seed, epoch)
 
     def trains_on(self, rollout: Rollout) -> Tensor:
         """[B] bool: samples whose loss has a gradient; the others are not run through the model."""
         return rollout.group >= 0
+
+    def behaviour(self, policy: Policy, batch: Rollout) -> dict[str, Tensor]:
+        """What the losses compare with in an epoch's later updates, each [B, ...]: `batch.old`, empty in the first.
+
+        Called without gradients before the first update, on the batches that the later ones train on.
+        """
+        return {}
+
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Sentences for the user that an epoch's metrics give cause to; each key is told once a run."""
+        return {}
 
     @abstractmethod
     def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:

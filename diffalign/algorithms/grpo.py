@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign.algorithms import Algorithm, Loss, Memory, Policy
+from diffalign.algorithms._policy_gradient import guarded_ratio, hindsight, mean_kl, policy_loss
+from diffalign.windows import Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffalign.config import Sampling
-    from diffalign.types import Denoiser, Rollout, Step
-
-
-class Window(BaseModel):
-    """Only `size` neighbouring steps are stochastic and trained (Flow-GRPO-Fast); their start is drawn each epoch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    size: int = Field(3, ge=1)
-    """Number of steps."""
-    range: tuple[int, int] = (0, 5)
-    """The window lies within [first, last) of the step indices."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Window:
-        first, last = self.range
-        if not 0 <= first <= last - self.size:
-            raise ValueError(f"a window of {self.size} steps does not fit in the range [{first}, {last})")
-        return self
+    from diffalign.sections import Sampling
+    from diffalign.types import Rollout, Step
 
 
 class KL(BaseModel):
@@ -51,9 +35,10 @@ class GRPO(Algorithm):
     """PPO-clipped policy gradient on single denoising steps with group-relative advantages.
 
     For every stored step, with rho = exp(log p - log p_old): L = max(-A rho, -A clip(rho, 1 - clip, 1 + clip))
-    + kl.weight KL, averaged over images and steps. In the first update log p_old is the current one, so rho is
-    exactly 1. log p is a mean over latent dimensions, which is why clip is so small. The last step is never trained:
-    its noise is so small that its log-probability explodes.
+    + kl.weight KL, averaged over images and steps. In an epoch's first update log p_old is the current one, so rho is
+    exactly 1; for later ones it is computed before the first, on the batches that are trained. log p is a mean over
+    latent dimensions, which is why clip is so small. The last step is never trained: its noise is so small that its
+    log-probability explodes.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -65,6 +50,15 @@ class GRPO(Algorithm):
     """Penalty for leaving the reference policy."""
     window: Window | None = None
     """Stochastic, trained steps; not given, all but the last."""
+    ratio_norm: bool = False
+    """GRPO-Guard (arXiv 2510.22319): ratios of equal mean and scale at every step; flow_sde only, clip near 2e-6."""
+    credit: Literal["noise", "image"] = "noise"
+    """noise: reinforce the noise a step drew, as published; image: its expectation given the final image, the same
+    gradient on average for an exact model, with an order of magnitude less variance."""
+    trained: int | None = Field(None, ge=1)
+    """Train so many of the stochastic steps, drawn each epoch (DanceGRPO, arXiv 2505.07818); not given, all."""
+    cfg: bool = True
+    """Train the guided prediction, as it was sampled; false: the conditional branch alone, at half the cost."""
 
     @property
     def needs_reference(self) -> bool:
@@ -76,65 +70,94 @@ class GRPO(Algorithm):
             ends, last = self.window.range[1], sampling.steps - 1
             said = f"ends at {ends}, but the last of {sampling.steps} steps is never trained; end at {last}"
             yield ("algorithm", "window", "range"), said
+        if self.ratio_norm and sampling.kernel != "flow_sde":
+            said = f"is derived for flow_sde, not '{sampling.kernel}'; set sampling.kernel: flow_sde"
+            yield ("algorithm", "ratio_norm"), said
+        noisy = len(self.stochastic(sampling.steps, 0, 0))
+        if self.trained is not None and self.trained > noisy:
+            yield ("algorithm", "trained"), f"{self.trained} exceeds the {noisy} stochastic steps of an epoch"
+        if not self.cfg and sampling.guidance == 1:
+            yield ("algorithm", "cfg"), "false has no effect at guidance 1; remove it"
 
     def stochastic(self, steps: int, seed: int, epoch: int) -> list[int]:
-        if self.window is None:
-            return list(range(steps - 1))
-        first, last = self.window.range
-        start = random.Random(f"window {seed} {epoch}").randint(first, last - self.window.size)
-        return list(range(start, start + self.window.size))
+        return list(range(steps - 1)) if self.window is None else self.window.steps(seed, epoch)
+
+    def kept(self, steps: int, seed: int, epoch: int) -> list[int]:
+        noisy = self.stochastic(steps, seed, epoch)
+        if self.trained is None:
+            return noisy
+        return sorted(random.Random(f"trained {seed} {epoch}").sample(noisy, self.trained))
 
     def trains_on(self, rollout: Rollout) -> Tensor:
         assert rollout.advantages is not None
         return (rollout.advantages != 0) | self.needs_reference
 
-    def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
-        assert batch.states is not None and batch.log_probs is not None and batch.advantages is not None
-        denoiser = policy.denoiser(batch.cond)
-        for k, i in enumerate(batch.kept.tolist()):
-            x, x_next = batch.states[:, k, 0], batch.states[:, k, 1]
-            s, s_next = batch.sigmas[i], batch.sigmas[i + 1]
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        gap = metrics.get("logp_gap", 0.0)
+        if gap <= self.clip / 2:
+            return {}
+        return {
+            "logp_gap": f"log-probabilities of sampling and training differ by {gap:.1e}, over half of algorithm.clip "
+            f"{self.clip:g}: training does not see the policy that sampled; use model.dtype fp32 or a larger clip"
+        }
 
-            taken, velocity = score(denoiser, policy, x, x_next, s, s_next)
-            old = taken.log_prob.detach()
-            ratio = (taken.log_prob - old).exp()
-            loss = policy_loss(batch.advantages, ratio, self.clip)
+    def behaviour(self, policy: Policy, batch: Rollout) -> dict[str, Tensor]:
+        import torch
+
+        steps = [self.score(policy, batch, k)[0] for k in range(len(batch.kept))]
+        old = {"log_prob": torch.stack([step.log_prob for step in steps], 1)}
+        return old | ({"mean": torch.stack([step.mean for step in steps], 1)} if self.ratio_norm else {})
+
+    def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
+        assert batch.log_probs is not None and batch.advantages is not None
+        for k, i in enumerate(batch.kept.tolist()):
+            taken, velocity, drawn = self.score(policy, batch, k)
+            old = batch.old["log_prob"][:, k] if batch.old else taken.log_prob.detach()
+            if self.ratio_norm:
+                mean = batch.old["mean"][:, k] if batch.old else taken.mean.detach()
+                ratio = guarded_ratio(taken, old, mean)
+                loss = policy_loss(batch.advantages, ratio, self.clip) / (batch.sigmas[i] - batch.sigmas[i + 1])
+            else:
+                ratio = (taken.log_prob - old).exp()
+                loss = policy_loss(batch.advantages, ratio, self.clip)
             metrics = {
                 "ratio": ratio.detach(),
                 "clip_fraction": ((ratio.detach() - 1).abs() > self.clip).float(),
-                "logp_gap": (old - batch.log_probs[:, k]).abs(),
             }
+            if not batch.old:
+                metrics["logp_gap"] = (drawn - batch.log_probs[:, k]).abs()
             if self.needs_reference:
-                import torch
-
-                with torch.no_grad(), policy.reference():
-                    reference, reference_velocity = score(denoiser, policy, x, x_next, s, s_next)
-                if self.kl.norm == "velocity":
-                    kl = (velocity - reference_velocity).square().flatten(1).mean(1)
-                else:
-                    kl = mean_kl(taken.mean, reference.mean, taken.std)
-                    if self.kl.norm == "code" and policy.kernel in ("flow_sde", "dance"):
-                        kl = kl * (s - s_next)  # the program divides by g^2 where the KL has g^2 times the step
+                kl = self.penalty(policy, batch, k, taken, velocity)
                 loss = loss + self.kl.weight * kl
                 metrics["kl"] = kl.detach()
             yield Loss(loss / len(batch.kept), {name: m / len(batch.kept) for name, m in metrics.items()})
 
+    def score(self, policy: Policy, batch: Rollout, k: int) -> tuple[Step, Tensor, Tensor]:
+        """The k-th stored transition under the current weights, with the velocity and the drawn noise's log-prob."""
+        from diffalign.samplers import step
 
-def score(
-    denoiser: Denoiser, policy: Policy, x: Tensor, x_next: Tensor, s: Tensor, s_next: Tensor
-) -> tuple[Step, Tensor]:
-    """The stored transition x -> x_next under the current weights, and the velocity eps - x0 at x."""
-    from diffalign.samplers import step
+        assert batch.states is not None
+        i = int(batch.kept[k])
+        x, x_next, s, s_next = batch.states[:, k, 0], batch.states[:, k, 1], batch.sigmas[i], batch.sigmas[i + 1]
+        denoiser = policy.denoiser(batch.cond, self.cfg)
+        schedule = denoiser.schedule
+        x0, eps = denoiser.predict(x, s)
+        taken = step(schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=x_next)
+        drawn = taken.log_prob.detach()
+        if self.credit == "image":
+            expected = hindsight(schedule, batch.x0, x, s, s_next, policy.kernel, policy.eta)
+            taken = step(schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=expected)
+        return taken, eps - x0, drawn
 
-    x0, eps = denoiser.predict(x, s)
-    return step(denoiser.schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=x_next), eps - x0
+    def penalty(self, policy: Policy, batch: Rollout, k: int, taken: Step, velocity: Tensor) -> Tensor:
+        """KL of one step to the reference policy in the chosen norm, [B]."""
+        import torch
 
-
-def policy_loss(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), all [B]."""
-    return (-advantages * ratio).maximum(-advantages * ratio.clamp(1 - clip, 1 + clip))
-
-
-def mean_kl(mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
-    """KL of two Gaussians of equal std, per latent dimension: mean_d (mu - mu_ref)^2 / (2 std^2), [B]."""
-    return ((mean - reference).square() / (2 * std.square())).flatten(1).mean(1)
+        with torch.no_grad(), policy.reference():
+            reference, reference_velocity, _ = self.score(policy, batch, k)
+        if self.kl.norm == "velocity":
+            return (velocity - reference_velocity).square().flatten(1).mean(1)
+        kl = mean_kl(taken.mean, reference.mean, taken.std)
+        program = self.kl.norm == "code" and policy.kernel in ("flow_sde", "dance")
+        i = int(batch.kept[k])  # the program divides by g^2 where the KL has g^2 times the step
+        return kl * (batch.sigmas[i] - batch.sigmas[i + 1]) if program else kl

@@ -89,8 +89,8 @@ def export(output: Path, pipe: StableDiffusion3Pipeline, models: Any, words: CLI
 def measure(folder: Path, micro_batch: int = 64) -> dict[str, dict[str, float]]:
     """{'strict' | 'correct': {tag: mean, 'overall': mean of the tags}} of 240 held-out prompts x 4 images."""
     from diffalign import pipelines, rewards
-    from diffalign.config import Sampling
     from diffalign.rollout import collect, sample_seed
+    from diffalign.sections import Sampling
 
     loaded = pipelines.load(folder)
     sampling = Sampling(steps=STEPS, kernel="ode", eta=0.0, height=world.SIZE, width=world.SIZE)
