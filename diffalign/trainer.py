@@ -21,9 +21,9 @@ from diffalign.config import Config
 from diffalign.curriculums import k_repeat
 from diffalign.eval import report
 from diffalign.interrupt import Interrupt
+from diffalign.rewards import shaped
 from diffalign.rollout import collect, sample_seed
 from diffalign.run import Run, export, prepare, save
-from diffalign.rewards import shaped
 from diffalign.types import Rollout, UserError
 from diffalign.update import update
 
@@ -126,9 +126,7 @@ def sample(run: Run, clock: Clock) -> tuple[Rollout, int, int]:
             c.sampling,
             algorithm.kept(c.sampling.steps, c.seed, run.epoch),
             t.micro_batch,
-            torch.tensor([sample_seed(c.seed, run.epoch, p, GROUP) for p, _ in mine])
-            if c.sampling.shared_noise
-            else None,
+            shared if c.sampling.shared_noise else None,
             algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
             clock,
         )

@@ -7,22 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffalign.schedules import Schedule
     from diffalign.types import Step
-
-
-def hindsight(schedule: Schedule, x0: Tensor, x: Tensor, s: Tensor, s_next: Tensor, kernel: str, eta: float) -> Tensor:
-    """E[x' | x, x0]: where a step from x leads on average, given that the image became x0; [B, ...].
-
-    The kernel's own mean with the final x0, and the noise that it leaves in x, in the place of the predictions: exact
-    for a sampler that reverses the forward process. Since grad log p(x' | x) is linear in x', scoring this x' gives the
-    policy gradient's expectation over the noise given (x, x0); what that noise adds beyond the image is variance alone.
-    Advantage-weighted matching (arXiv 2509.25050) regresses on the same x0 at fresh noise.
-    """
-    from diffalign.samplers import step
-
-    eps = (x - schedule.alpha(s) * x0) / schedule.sigma(s)
-    return step(schedule, x0, eps, x, s, s_next, kernel, eta).mean
 
 
 def policy_loss(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign.algorithms import Algorithm, Loss, Memory, Policy
-from diffalign.algorithms._policy_gradient import guarded_ratio, hindsight, mean_kl, policy_loss
+from diffalign.algorithms._policy_gradient import guarded_ratio, mean_kl, policy_loss
 from diffalign.windows import Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffalign.sections import Sampling
-    from diffalign.types import Rollout, Step
+    from diffalign.types import Denoiser, Rollout, Step
 
 
 class KL(BaseModel):
@@ -52,9 +52,6 @@ class GRPO(Algorithm):
     """Stochastic, trained steps; not given, all but the last."""
     ratio_norm: bool = False
     """GRPO-Guard (arXiv 2510.22319): ratios of equal mean and scale at every step; flow_sde only, clip near 2e-6."""
-    credit: Literal["noise", "image"] = "noise"
-    """noise: reinforce the noise a step drew, as published; image: its expectation given the final image, the same
-    gradient on average for an exact model, with an order of magnitude less variance."""
     trained: int | None = Field(None, ge=1)
     """Train so many of the stochastic steps, drawn each epoch (DanceGRPO, arXiv 2505.07818); not given, all."""
     cfg: bool = True
@@ -104,14 +101,16 @@ class GRPO(Algorithm):
     def behaviour(self, policy: Policy, batch: Rollout) -> dict[str, Tensor]:
         import torch
 
-        steps = [self.score(policy, batch, k)[0] for k in range(len(batch.kept))]
+        denoiser = policy.denoiser(batch.cond, self.cfg)
+        steps = [self.score(denoiser, policy, batch, k)[0] for k in range(len(batch.kept))]
         old = {"log_prob": torch.stack([step.log_prob for step in steps], 1)}
         return old | ({"mean": torch.stack([step.mean for step in steps], 1)} if self.ratio_norm else {})
 
     def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
         assert batch.log_probs is not None and batch.advantages is not None
+        denoiser = policy.denoiser(batch.cond, self.cfg)
         for k, i in enumerate(batch.kept.tolist()):
-            taken, velocity, drawn = self.score(policy, batch, k)
+            taken, velocity = self.score(denoiser, policy, batch, k)
             old = batch.old["log_prob"][:, k] if batch.old else taken.log_prob.detach()
             if self.ratio_norm:
                 mean = batch.old["mean"][:, k] if batch.old else taken.mean.detach()
@@ -123,38 +122,34 @@ class GRPO(Algorithm):
             metrics = {
                 "ratio": ratio.detach(),
                 "clip_fraction": ((ratio.detach() - 1).abs() > self.clip).float(),
+                "logp_gap": (old - batch.log_probs[:, k]).abs(),
             }
-            if not batch.old:
-                metrics["logp_gap"] = (drawn - batch.log_probs[:, k]).abs()
             if self.needs_reference:
-                kl = self.penalty(policy, batch, k, taken, velocity)
+                kl = self.penalty(denoiser, policy, batch, k, taken, velocity)
                 loss = loss + self.kl.weight * kl
                 metrics["kl"] = kl.detach()
             yield Loss(loss / len(batch.kept), {name: m / len(batch.kept) for name, m in metrics.items()})
 
-    def score(self, policy: Policy, batch: Rollout, k: int) -> tuple[Step, Tensor, Tensor]:
-        """The k-th stored transition under the current weights, with the velocity and the drawn noise's log-prob."""
+    @staticmethod
+    def score(denoiser: Denoiser, policy: Policy, batch: Rollout, k: int) -> tuple[Step, Tensor]:
+        """The k-th stored transition under the current weights, and the velocity eps - x0 at its start."""
         from diffalign.samplers import step
 
         assert batch.states is not None
         i = int(batch.kept[k])
         x, x_next, s, s_next = batch.states[:, k, 0], batch.states[:, k, 1], batch.sigmas[i], batch.sigmas[i + 1]
-        denoiser = policy.denoiser(batch.cond, self.cfg)
-        schedule = denoiser.schedule
         x0, eps = denoiser.predict(x, s)
-        taken = step(schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=x_next)
-        drawn = taken.log_prob.detach()
-        if self.credit == "image":
-            expected = hindsight(schedule, batch.x0, x, s, s_next, policy.kernel, policy.eta)
-            taken = step(schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=expected)
-        return taken, eps - x0, drawn
+        taken = step(denoiser.schedule, x0, eps, x, s, s_next, policy.kernel, policy.eta, next=x_next)
+        return taken, eps - x0
 
-    def penalty(self, policy: Policy, batch: Rollout, k: int, taken: Step, velocity: Tensor) -> Tensor:
+    def penalty(
+        self, denoiser: Denoiser, policy: Policy, batch: Rollout, k: int, taken: Step, velocity: Tensor
+    ) -> Tensor:
         """KL of one step to the reference policy in the chosen norm, [B]."""
         import torch
 
         with torch.no_grad(), policy.reference():
-            reference, reference_velocity, _ = self.score(policy, batch, k)
+            reference, reference_velocity = self.score(denoiser, policy, batch, k)
         if self.kl.norm == "velocity":
             return (velocity - reference_velocity).square().flatten(1).mean(1)
         kl = mean_kl(taken.mean, reference.mean, taken.std)
