@@ -20,8 +20,8 @@ from diffalign.adapters import add_full, add_lora, trainable_parameters
 from diffalign.algorithms import Memory
 from diffalign.algorithms.grpo import GRPO
 from diffalign.sections import Sampling
-from diffalign.trainer import TrainedPolicy
 from diffalign.types import Rollout, UserError
+from diffalign.update import TrainedPolicy
 
 
 def update(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from diffalign.pipelines import SIDECAR, looks_like_hub_id
 from diffalign.types import UserError
+from diffalign.writing import scratch_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}  # of A; B starts at 0 and changes nothing
@@ -152,14 +151,14 @@ def export_lora(
     component = _component(pipeline)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target) as scratch:
+    with scratch_folder(target / ".new") as scratch:
         weights = {k: t.detach().float().cpu().contiguous() for k, t in layers.items()}
         parts = {
             f"{component}_lora_layers": weights,
             f"{component}_lora_adapter_metadata": network.peft_config[name].to_dict(),
         }
         pipeline.pipe.save_lora_weights(scratch, **parts)
-        os.replace(Path(scratch) / LORA_FILE, target / LORA_FILE)
+        os.replace(scratch / LORA_FILE, target / LORA_FILE)
     return target / LORA_FILE
 
 
@@ -197,9 +196,7 @@ def export_full(pipeline: Adaptable, folder: str | Path, state: Mapping[str, Ten
     if _adapters(pipeline.network):
         raise UserError("the model has a LoRA; export it with export_lora")
     pipe, target = _whole(pipeline), Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with scratch_folder(target.with_name(f".{target.name}.new")) as scratch:
         with _weights(pipeline.network, state):
             pipe.save_pretrained(scratch / "new")
         if pipeline.max_sequence_length is not None:
@@ -208,8 +205,6 @@ def export_full(pipeline: Adaptable, folder: str | Path, state: Mapping[str, Ten
         if target.exists():
             os.replace(target, scratch / "old")
         os.replace(scratch / "new", target)
-    finally:
-        shutil.rmtree(scratch)
     return target
 
 

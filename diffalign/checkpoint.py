@@ -1,4 +1,4 @@
-"""Resumable state of a run: trained weights, their average, the optimizer, the epoch.
+"""Checkpoints: everything a run carries from epoch to epoch, one safetensors file a part.
 
 No random-number state is stored: every draw is a function of (seed, epoch, prompt, image).
 """
@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from diffalign import __version__
-from diffalign.algorithms import Memory
-from diffalign.ema import EMA
+from diffalign.states import State
 from diffalign.types import UserError
+from diffalign.writing import sync
 
 # What cannot change on the way without making the run's curve and its comparison with epoch 0 meaningless.
 SAME = (
     "model.path",
     "algorithm.name",
+    "advantage.name",
+    "curriculum.name",
     "adapter",
     "seed",
     "prompts",
@@ -36,106 +38,121 @@ SAME = (
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
-def save(
-    folder: Path,
-    epoch: int,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    memory: Memory,
-    config: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `folder/NNNN` after `epoch` epochs, whole or not at all, and drop all but the last `keep`."""
-    path = folder / f"{epoch:04d}"
-    temporary = folder / f".{epoch:04d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+def save(folder: Path, epoch: int, states: Mapping[str, State], config: dict[str, Any], keep: int) -> Path:
+    """Write `folder/NNNN` after `epoch` epochs, whole or not at all, and drop all but the last `keep`.
+
+    Everything is on the disk before the folder gets its name, so not even a power cut leaves half a checkpoint.
+    """
+    tidy(folder)
+    path, temporary, displaced = (folder / name.format(epoch) for name in ("{:04d}", ".{:04d}.tmp", ".{:04d}.old"))
     temporary.mkdir(parents=True)
-    save_file(
-        {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors"
-    )
-    if ema is not None:
-        shadow = dict(zip(parameters, ema.shadow, strict=True))
-        save_file({name: t.cpu().contiguous() for name, t in shadow.items()}, temporary / "ema.safetensors")
-    save_file({name: t.cpu().contiguous() for name, t in memory.state_dict().items()}, temporary / "memory.safetensors")
-    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-    meta = {
-        "epoch": epoch,
-        "ema_updates": ema.updates if ema is not None else 0,
-        "config": config,
-        "versions": {"diffalign": __version__, **{name: version(name) for name in PACKAGES}},
-    }
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-    remove(path)
+    try:
+        for name, state in states.items():
+            tensors = {key: t.detach().cpu().contiguous() for key, t in state.collect().items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
+        versions = {"diffalign": __version__, **{name: version(name) for name in PACKAGES}}
+        meta = {"epoch": epoch, "states": list(states), "config": config, "versions": versions}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+        for written in temporary.iterdir():
+            sync(written)
+        sync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk what is left of it would stand in the way
+        raise
+    if path.exists():
+        os.replace(path, displaced)
     os.replace(temporary, path)
+    sync(folder)
+    tidy(folder)
     for old in finished(folder)[:-keep]:
         remove(old)
     return path
 
 
+def finished(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. One that a killed `save` had moved aside for its successor counts too."""
+    found = {epoch_of(p): p for p in folder.glob(".[0-9]*.old")}
+    found |= {epoch_of(p): p for p in folder.glob("[0-9]*") if p.name.isdigit()}
+    return [found[epoch] for epoch in sorted(found) if (found[epoch] / "meta.json").is_file()]
+
+
+def epoch_of(path: Path) -> int:
+    return int(path.name.removeprefix(".").removesuffix(".old"))
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint; it stops counting as one before its files go."""
-    if path.exists():
-        doomed = path.with_name(f".{path.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+    doomed = path.with_name(f".{epoch_of(path):04d}.gone")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
-def finished(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if p.name.isdigit() and (p / "meta.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name))
+def tidy(folder: Path) -> None:
+    """Clear what a killed `save` or `remove` left."""
+    for path in [*folder.glob(".[0-9]*.tmp"), *folder.glob(".[0-9]*.gone")]:
+        shutil.rmtree(path)
+    for path in folder.glob(".[0-9]*.old"):
+        successor = path.with_name(f"{epoch_of(path):04d}")
+        if successor.exists():
+            remove(path)
+        else:
+            os.replace(path, successor)
 
 
-def load(
-    path: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    memory: Memory,
-    config: dict[str, Any],
-) -> int:
-    """Restore everything in place and return the number of finished epochs; lr, betas and weight decay stay as given.
+def check(path: Path, config: dict[str, Any]) -> int:
+    """Whether this run can go on from a checkpoint, without reading its tensors; returns its finished epochs.
 
-    Raises UserError when the checkpoint differs in one of `SAME`.
+    Raises UserError when the checkpoint differs in one of `SAME` or is damaged.
     """
-    meta = json.loads((path / "meta.json").read_text("utf-8"))
+    try:
+        meta = json.loads((path / "meta.json").read_text("utf-8"))
+        epoch, was = int(meta["epoch"]), {key: _value(meta["config"], key) for key in SAME}
+        for name in meta["states"]:
+            with safe_open(path / f"{name}.safetensors", "pt"):  # compares the file's length with its header
+                pass
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
     for key in SAME:
-        was, now = _value(meta["config"], key), _value(config, key)
-        if was != now:
+        now = _value(config, key)
+        if was[key] != now:
             raise UserError(
-                f"checkpoint '{path}' was trained with {key} {was}, this run has {now}; resume with the same, or "
+                f"checkpoint '{path}' was trained with {key} {was[key]}, this run has {now}; resume with the same, or "
                 "choose another output folder"
             )
-    weights = load_file(path / "weights.safetensors")
-    _copy(parameters, weights, path)
-    if ema is not None:
-        if not (path / "ema.safetensors").is_file():
-            raise UserError(f"checkpoint '{path}' has no moving average; set trainer.ema: 0 or start afresh")
-        average = load_file(path / "ema.safetensors")
-        for shadow, name in zip(ema.shadow, parameters, strict=True):
-            shadow.copy_(average[name])
-        ema.updates = meta["ema_updates"]
-    memory.load_state_dict(load_file(path / "memory.safetensors"))
-    settings = [{key: group[key] for key in ("lr", "betas", "weight_decay")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-    for group, chosen in zip(optimizer.param_groups, settings, strict=True):
-        group.update(chosen)  # what the configuration says now, not what the checkpoint was made with
-    return int(meta["epoch"])
+    return epoch
+
+
+def load(path: Path, states: Mapping[str, State]) -> None:
+    """Restore everything in place. Raises UserError for a checkpoint that is damaged or does not fit."""
+    for name, state in states.items():
+        file = path / f"{name}.safetensors"
+        if not file.is_file():
+            raise UserError(
+                f"checkpoint '{path}' holds no {name}, so it was made with other settings, such as trainer.ema 0; "
+                "resume with the same, or choose another output folder"
+            )
+        try:
+            saved = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, error) from error
+        try:
+            state.restore(saved)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"the {name} of checkpoint '{path}' do not fit: {error}") from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    older = [
+        p for p in finished(path.parent) if p.name.isdigit() and path.name.isdigit() and int(p.name) < int(path.name)
+    ]
+    advice = (
+        f"go on from the one before with --resume {older[-1]}" if older else "there is none before it; start afresh"
+    )
+    return UserError(f"checkpoint '{path}' cannot be read ({type(error).__name__}: {reason}); {advice}")
 
 
 def _value(config: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
-
-
-@torch.no_grad()
-def _copy(parameters: dict[str, nn.Parameter], values: dict[str, Tensor], path: Path) -> None:
-    if parameters.keys() != values.keys() or any(p.shape != values[n].shape for n, p in parameters.items()):
-        raise UserError(f"checkpoint '{path}' holds other weights than this run trains; is adapter.rank the same?")
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

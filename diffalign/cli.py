@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from diffalign import config_help, loading
+    from diffalign import config_help, loading, summary
 
     if args.explain is not None:
         data = loading.read(args.config, args.overrides).data if args.config is not None else {}
@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace) -> None:
     elif args.config is None:
         raise UserError("give a configuration to check, or --explain KEY")
     else:
-        print(config_help.summary(loading.load(args.config, args.overrides)))
+        print(summary.summary(loading.load(args.config, args.overrides)))
 
 
 def _generate(args: argparse.Namespace) -> None:

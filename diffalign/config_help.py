@@ -153,27 +153,6 @@ def explain(key: str, data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary(config: Config) -> str:
-    """A few lines on what a run will do."""
-    t, s, e = config.trainer, config.sampling, config.evaluation
-    images = t.prompts * t.images_per_prompt
-    kept = len(config.algorithm.stochastic(s.steps, config.seed, 0))
-    trained = f", {kept} of them {s.kernel} with eta {s.eta:g} and trained" if kept else ""
-    rewards = " + ".join(f"{r.weight:g} {r.key}" for r in config.rewards)
-    lines = {
-        "model": f"{config.model.path}, {config.model.dtype}, {config.adapter.name} adapter",
-        "method": f"{config.algorithm.name} on {rewards}",
-        "epoch": f"{t.prompts} prompts x {t.images_per_prompt} images = {images} images of {s.width}x{s.height}",
-        "sampling": f"{s.steps} steps{trained}, guidance {s.guidance:g}",
-        "run": f"{t.epochs} epochs, {t.epochs * t.updates_per_rollout} updates, {t.epochs * images} images",
-        "evaluation": f"every {e.every} epochs: {e.prompts} x {e.images_per_prompt} images, {e.steps} steps"
-        if e.every
-        else "never",
-        "output": config.output,
-    }
-    return "\n".join(f"{name + ':':12}{text}" for name, text in lines.items())
-
-
 def validated(model: type[S], data: dict[str, Any], where: str) -> S:
     """A section from plain values; its mistakes become UserErrors that begin with `where`."""
     try:

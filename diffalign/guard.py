@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import median
 
+import torch
+from torch import Tensor
+
 from diffalign.sections import Guard
 from diffalign.types import UserError
 
@@ -22,6 +25,15 @@ class Watch:
         self.flat = 0
         self.exploded = 0
         self.norms: deque[float] = deque(maxlen=LAST)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it has seen, for checkpoints."""
+        norms = torch.tensor(list(self.norms), dtype=torch.float64)
+        return {"flat": torch.tensor(self.flat), "exploded": torch.tensor(self.exploded), "norms": norms}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        self.flat, self.exploded = int(saved["flat"]), int(saved["exploded"])
+        self.norms = deque(saved["norms"].tolist(), maxlen=LAST)
 
     def rewards(self, epoch: int, spread: Mapping[str, float], alike: bool) -> None:
         """`spread`: std of each reward over the epoch; `alike`: in no group do the advantages differ."""

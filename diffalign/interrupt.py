@@ -1,4 +1,8 @@
-"""Ctrl-C without loss: the first one is noted and acted on between epochs, the second ends the program at once."""
+"""Ctrl-C without loss: the first one is noted and acted on between epochs, the second ends the program at once.
+
+SIGTERM is noted too, however often it comes: a scheduler sends it to every process of a job, and a launcher passes its
+own on. Who cannot wait has SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,12 @@ class Interrupt:
 
     def __exit__(self, *error: object) -> None:
         for s, handler in zip(SIGNALS, self.before, strict=False):
-            signal.signal(s, handler)
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.asked:
+            again = "; once more to stop now without saving it" if number == signal.SIGINT else ""
+            print(f"stopping after this epoch{again}", file=sys.stderr, flush=True)
         self.asked = True
-        print("stopping after this epoch; once more to stop now without saving it", file=sys.stderr, flush=True)

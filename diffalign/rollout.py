@@ -62,7 +62,7 @@ def collect(
     sigmas = pipeline.sigmas(sampling.steps, sampling.height, sampling.width)
     shape = pipeline.latent_shape(sampling.height, sampling.width)
     noisy = frozenset(kept if stochastic is None else stochastic)
-    parts = []
+    parts, stored = [], None
     for rows in torch.arange(len(texts)).split(micro_batch):
         noise = generators(seeds[rows])
         x = randn((len(rows), *shape), noise if start is None else generators(start[rows]), pipeline.device)
@@ -73,8 +73,11 @@ def collect(
         with clock("decode"):
             # Images are large and the network never needs them again: they do not stay on the accelerator.
             images = pipeline.decode(x0).cpu()
-        parts.append((x0, images, states, log_probs))
-    x0, images, states, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        parts.append((x0, images, log_probs))
+        if stored is None:
+            stored = states.new_empty(len(texts), *states.shape[1:])
+        stored[rows.to(stored.device)] = states  # the largest part: joined at the end, it would be held twice
+    x0, images, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Rollout(
         prompts=texts,
         metadata=list(prompts),
@@ -85,7 +88,7 @@ def collect(
         kept=torch.tensor(list(kept), dtype=torch.long),
         x0=x0,
         images=images,
-        states=states if len(kept) else None,
+        states=stored if len(kept) else None,
         log_probs=log_probs if len(kept) else None,
     )
 

@@ -17,8 +17,10 @@ from diffalign.config import Config
 from diffalign.ema import EMA
 from diffalign.guard import Watch
 from diffalign.loading import save as save_config
-from diffalign.tracking import Tracker
+from diffalign.states import State, of_average, of_optimizer, of_tensors, of_weights
+from diffalign.tracking import Tracker, require
 from diffalign.types import UserError
+from diffalign.writing import writing
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Run:
     tracker: Tracker
     watch: Watch
     states: dict[str, dict[str, Tensor]]  # of the advantage estimator and of the curriculum
+    kept: dict[str, State]  # all that a checkpoint holds
     train_prompts: list[dict[str, Any]]
     test_prompts: list[dict[str, Any]] = field(default_factory=list)
     epoch: int = 0
@@ -47,6 +50,9 @@ def prepare(config: Config, resume: str | None) -> Run:
     """Load the model, attach what is trained, restore a checkpoint."""
     folder = Path(config.output)
     start = find_checkpoint(folder, resume)
+    saved = config.model_dump(mode="json")
+    begun = checkpoint.check(start, saved) if start else 0
+    require(config.log_with)
     if config.model.dtype == "fp16":
         raise UserError("model.dtype fp16 trains without loss scaling and its gradients underflow; use bf16 or fp32")
     train_prompts = prompts.load(config.prompts.train)
@@ -63,48 +69,62 @@ def prepare(config: Config, resume: str | None) -> Run:
         r.key: same[r.key] if r in config.rewards else rewards.build([r], device)[r.key]
         for r in config.evaluation.rewards
     }
-    pipeline: Any = pipelines.load(config.model.path, config.model.revision, config.model.dtype, device)
+    m = config.model
+    pipeline: Any = pipelines.load(m.path, m.revision, m.dtype, device, m.max_sequence_length, m.encoders)
     if config.adapter.name == "lora":
         a = config.adapter
         torch.manual_seed(config.seed)
         adapters.add_lora(pipeline, a.rank, a.alpha, a.init, a.targets)
     else:
         adapters.add_full(pipeline, reference=config.algorithm.needs_reference)
+    if config.trainer.gradient_checkpointing:
+        pipeline.network.enable_gradient_checkpointing()
     parameters: dict[str, nn.Parameter] = {n: p for n, p in pipeline.network.named_parameters() if p.requires_grad}
     t = config.trainer
     optimizer = torch.optim.AdamW(parameters.values(), t.lr, t.betas, weight_decay=t.weight_decay)
     ema = EMA(list(parameters.values()), t.ema, t.ema_every) if t.ema else None
     memory = config.algorithm.start(pipeline, parameters)
+    watch = Watch(config.guard)
     states = {"advantage": config.advantage.start(), "curriculum": config.curriculum.start(len(train_prompts))}
-    saved = config.model_dump(mode="json")
-    begun = checkpoint.load(start, parameters, optimizer, ema, memory, saved) if start else 0
+    kept = {
+        "weights": of_weights(parameters),
+        "optimizer": of_optimizer(optimizer, parameters),
+        "memory": State(memory.state_dict, memory.load_state_dict),
+        "guard": State(watch.state_dict, watch.load_state_dict),
+        **{name: of_tensors(state) for name, state in states.items()},
+    }
+    if ema is not None:
+        kept["ema"] = of_average(ema, parameters)
+    if start:
+        checkpoint.load(start, kept)
+    accelerator.wait_for_everyone()  # what is discarded next may still be read
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        discard_after(folder, begun)
-        save_config(config, folder / "config.yaml")
-    if config.log_with:
-        accelerator.init_trackers("diffalign", config={"run": config.output})
-    tracker = Tracker(accelerator, folder, t.epochs, begun)
+        with writing("the run folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            discard_after(folder, begun)
+            save_config(config, folder / "config.yaml")
+    tracker = Tracker(accelerator, folder, t.epochs, begun, saved)
     return Run(
         config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
-        Watch(config.guard), states, train_prompts, test_prompts, begun,
+        watch, states, kept, train_prompts, test_prompts, begun,
     )  # fmt: skip
 
 
 def discard_after(folder: Path, epoch: int) -> None:
     """A run that goes on from an earlier checkpoint makes the later epochs again; what is left of them goes."""
+    checkpoint.tidy(folder / "checkpoints")
     for path in checkpoint.finished(folder / "checkpoints"):
         if int(path.name) > epoch:
             checkpoint.remove(path)
-    for path in [*(folder / "eval").glob("*.json"), *(folder / "images").glob("eval_*")]:
-        if int(path.stem.removeprefix("eval_")) > epoch:
+    for path in [*(folder / "eval").glob("[0-9]*"), *(folder / "images").glob("eval_*")]:
+        if int(path.name.removeprefix("eval_").split(".")[0]) > epoch:  # also 0002.tmp and eval_0002.png.tmp
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     found = checkpoint.finished(folder / "checkpoints")
     if resume is None:
-        if (folder / "metrics.jsonl").exists():
+        if found or (folder / "metrics.jsonl").exists():
             raise UserError(f"'{folder}' already holds a run; continue it with --resume auto or choose another output")
         return None
     if resume == "auto":
@@ -117,10 +137,9 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 def save(run: Run) -> None:
     if run.accelerator.is_main_process:
-        config = run.config.model_dump(mode="json")
-        keep = run.config.checkpoint.keep
-        folder = run.folder / "checkpoints"
-        checkpoint.save(folder, run.epoch, run.parameters, run.optimizer, run.ema, run.memory, config, keep)
+        config, folder = run.config.model_dump(mode="json"), run.folder / "checkpoints"
+        with writing(f"the checkpoint of epoch {run.epoch}", run.folder):
+            checkpoint.save(folder, run.epoch, run.kept, config, run.config.checkpoint.keep)
 
 
 def export(run: Run) -> None:

@@ -21,12 +21,15 @@ from diffalign.config import Config
 from diffalign.curriculums import k_repeat
 from diffalign.eval import report
 from diffalign.interrupt import Interrupt
+from diffalign.knobs import reworded
 from diffalign.rewards import shaped
 from diffalign.rollout import collect, sample_seed
 from diffalign.run import Run, export, prepare, save
 from diffalign.types import Rollout, UserError
 from diffalign.update import update
+from diffalign.writing import writing
 
+EXAMPLES = 12  # training images sent to trackers at every evaluation
 GROUP = 2**31  # the image number whose seed is that of the noise a group shares
 SHOWN = {  # metric -> (its name in the progress line, format)
     "grad_norm": ("grad", ".2g"),
@@ -42,8 +45,16 @@ def train(config: Config, resume: str | None = None) -> Path:
     """Run to the last epoch and return the run folder. `resume` is 'auto' or a checkpoint folder.
 
     Ctrl-C (or SIGTERM) ends the run after the epoch under way and saves it; KeyboardInterrupt follows. Raises UserError
-    for a folder that already holds a run, a checkpoint that does not fit, and numbers that are not finite.
+    for a folder that already holds a run, a checkpoint that does not fit, a full disk, a small accelerator,
+    rewards that never differ, and numbers that are not finite.
     """
+    try:
+        return _train(config, resume)
+    except torch.OutOfMemoryError as error:
+        raise UserError(reworded(error, config)) from error
+
+
+def _train(config: Config, resume: str | None) -> Path:
     run = prepare(config, resume)
     try:
         with Interrupt() as interrupt:
@@ -59,9 +70,11 @@ def train(config: Config, resume: str | None = None) -> Path:
                     raise KeyboardInterrupt
                 evaluate_if_due(run)
             if run.accelerator.is_main_process:
-                export(run)
-                run.tracker.say(report.summary(run.folder)["verdict"])
-                run.tracker.say(f"report: {report.write(run.folder)}")
+                with writing("the trained weights", run.folder):
+                    export(run)
+                with writing("the report", run.folder):
+                    run.tracker.say(report.summary(run.folder)["verdict"])
+                    run.tracker.say(f"report: {report.write(run.folder)}")
             run.accelerator.wait_for_everyone()
     finally:
         run.tracker.close()
@@ -93,6 +106,8 @@ def epoch(run: Run) -> None:
     values |= {"images_per_second": total / seconds, "seconds": seconds, "memory_gib": peak_memory(run)}
     values |= {f"seconds/{phase}": s for phase, s in clock.seconds.items()}
     run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
+    if config.evaluation.every and run.epoch % config.evaluation.every == 0:
+        run.tracker.show(run.epoch, "train/images", list(rollout.images[:EXAMPLES]))
     shown = [f"{name} {values.get(f'reward/{name}', math.nan):.3f}" for name in run.scorers]
     shown += [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items() if key in values]
     run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {'  '.join(shown)}")
@@ -184,6 +199,8 @@ def evaluate_if_due(run: Run) -> None:
     values = evaluation.means(samples)
     run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
     if run.accelerator.is_main_process:
-        evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
+        with writing(f"the evaluation of epoch {run.epoch}", run.folder, rescue=lambda: save(run)):
+            evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
+        run.tracker.show(run.epoch, "eval/images", images)
     shown = "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in values.items())
     run.tracker.say(f"held-out, epoch {run.epoch}: {shown or 'no reward applies to these prompts'}")

@@ -17,7 +17,26 @@ if TYPE_CHECKING:
     from diffalign.types import Pipeline
 
 DTYPES = ("fp32", "bf16", "fp16")
+ENCODERS = ("resident", "offload")
 SIDECAR = "diffalign.json"  # what a folder exported by this library remembers beyond the diffusers format
+
+# Here rather than in sd3.py, because memory is estimated from them without importing torch.
+ENCODE_BATCH = 32  # prompts that the text encoders take at once
+DECODE_BATCH = 8  # images that the VAE decodes at once, unless they hold more pixels than this together:
+DECODED_PIXELS = 1 << 20  # four images of 512 x 512; more are no faster and take 3 KiB of memory a pixel
+
+# Flow-GRPO (arXiv 2505.05470): the joint attention alone. "attn.to_q" does not end the name "attn2.to_q", so the
+# second, image-only attention of SD3.5-medium's first 13 blocks stays frozen, as in the paper's code.
+SD3_LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
 
 
 def embedded_names() -> list[str]:
@@ -51,6 +70,7 @@ def load(
     dtype: str = "fp32",
     device: str | None = None,
     max_sequence_length: int | None = None,
+    encoders: str = "resident",
 ) -> Pipeline:
     """Load an embedded model ('tiny-sd3'), a diffusers folder or a hub id, and wrap it for its family.
 
@@ -60,6 +80,7 @@ def load(
         device: 'cpu', 'cuda', 'cuda:1' ...; by default the GPU when there is one.
         max_sequence_length: T5 tokens of the prompt; 0 does without T5 and does not load it. By default what diffusers
             uses (256 for SD3), but 0 for an embedded model, whose T5 is empty, and for a folder exported from one.
+        encoders: 'resident' on the device, or 'offload': in main memory, and on the device only to encode.
 
     Raises UserError when the model cannot be found, reached, read or is of an unknown family.
     """
@@ -68,6 +89,8 @@ def load(
 
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+    if encoders not in ENCODERS:
+        raise UserError(f"encoders '{encoders}' is not one of {', '.join(ENCODERS)}")
     source, local = _locate(str(path))
     if local and revision is not None:
         raise UserError(f"revision '{revision}' applies to hub ids only, and '{path}' is on this machine; leave it out")
@@ -96,7 +119,8 @@ def load(
     except Exception as error:
         raise UserError(_unreadable(path, local, error)) from error
     _check_tokenizers(path, pipe)
-    wrapped: Pipeline = module.wrap(pipe, torch_dtype, chosen, max_sequence_length, source=(source, revision))
+    offload = encoders == "offload"
+    wrapped: Pipeline = module.wrap(pipe, torch_dtype, chosen, max_sequence_length, (source, revision), offload)
     return wrapped
 
 

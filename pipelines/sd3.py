@@ -7,8 +7,8 @@ deterministic path equals `StableDiffusion3Pipeline.__call__`: same sigmas, same
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,26 +17,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
+from diffalign.pipelines import DECODE_BATCH, DECODED_PIXELS, ENCODE_BATCH, SD3_LORA_TARGETS
 from diffalign.schedules import RectifiedFlow
 from diffalign.types import Conditioning, UserError
 
 SERVES = ("StableDiffusion3Pipeline",)
+LORA_TARGETS = SD3_LORA_TARGETS
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-ENCODE_BATCH = 32
-
-# Flow-GRPO (arXiv 2505.05470): the joint attention alone. "attn.to_q" does not end the name "attn2.to_q", so the
-# second, image-only attention of SD3.5-medium's first 13 blocks stays frozen, as in the paper's code.
-LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
+REMEMBERED = 8  # prompts encoded on their own, such as negative prompts, that are not encoded again
+MOST_TOKENS = 512  # of T5, as in diffusers
 
 
 def unused(max_sequence_length: int | None) -> tuple[str, ...]:
@@ -50,8 +40,10 @@ def wrap(
     device: torch.device,
     max_sequence_length: int | None,
     source: tuple[str, str | None] | None = None,
+    offload: bool = False,
 ) -> SD3:
-    return SD3(pipe, dtype, device, 256 if max_sequence_length is None else max_sequence_length, source)
+    tokens = 256 if max_sequence_length is None else max_sequence_length
+    return SD3(pipe, dtype, device, tokens, source, offload)
 
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -68,6 +60,7 @@ class SD3:
         dtype: bf16 or fp16 casts the frozen network and runs it under autocast; step maths stays fp32.
         max_sequence_length: T5 tokens of a prompt. Without T5, diffusers appends so many zero tokens; 0 is allowed.
         source: (path, revision) the pipeline was loaded from; an export reads released text encoders from it.
+        offload: text encoders wait in main memory and are on the device during `encode` alone.
     """
 
     lora_targets: tuple[str, ...] = LORA_TARGETS
@@ -79,44 +72,57 @@ class SD3:
         device: torch.device | str = "cpu",
         max_sequence_length: int = 256,
         source: tuple[str, str | None] | None = None,
+        offload: bool = False,
     ) -> None:
         if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             name = type(pipe.scheduler).__name__
             raise UserError(f"the scheduler is a {name}; SD3 needs the FlowMatchEulerDiscreteScheduler it came with")
-        least, most = (0 if pipe.text_encoder_3 is None else 1), 512
-        if not least <= max_sequence_length <= most:
-            raise UserError(f"max_sequence_length must be {least} to {most} for this model, got {max_sequence_length}")
+        least = 0 if pipe.text_encoder_3 is None else 1
+        if not least <= max_sequence_length <= MOST_TOKENS:
+            allowed = f"{least} to {MOST_TOKENS}"
+            raise UserError(f"max_sequence_length must be {allowed} for this model, got {max_sequence_length}")
         self.pipe = pipe
         self.schedule = RectifiedFlow()
         self.dtype = dtype
         self.device = torch.device(device)
         self.max_sequence_length: int | None = max_sequence_length
         self.source = source
-        self.decode_batch = 8  # images a VAE forward decodes: a memory knob
+        self.offload = offload
+        self.decode_batch = DECODE_BATCH  # images a VAE forward decodes at most: a memory knob
         self.network: Any = _placed(pipe.transformer, self.device, dtype)  # never wrapped
         self.trainable: torch.nn.Module = self.network  # what is called; a trainer may put its wrapped form here
         self.frozen: torch.nn.Module | None = None  # initial weights of a full fine-tuning; see diffalign.adapters
         _placed(pipe.vae, self.device, torch.float32)
         for encoder in self._encoders().values():
-            encoder.requires_grad_(False).eval().to(self.device)
-        self._empty: Conditioning | None = None  # the empty prompt: guidance needs it after the encoders are gone
+            encoder.requires_grad_(False).eval()
+        self.encoders_to("cpu" if offload else self.device)
+        # Prompts encoded on their own: guidance needs the empty one even after the encoders are gone.
+        self._alone: dict[str, dict[str, Tensor]] = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Each unique prompt once: 'embeds' [U, L, D], 'pooled' [U, P], index [B]. Raises UserError for no prompts."""
         if not prompts:
             raise UserError("there are no prompts to encode; give at least one")
         unique = list(dict.fromkeys(prompts))
-        self._empty_prompt()
-        chunks = [self._encode(unique[i : i + ENCODE_BATCH]) for i in range(0, len(unique), ENCODE_BATCH)]
-        tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        remembered = len(unique) == 1 and {"", *unique} <= self._alone.keys()
+        with nullcontext() if remembered else self._encoders_here():
+            self._one("")
+            if len(unique) == 1:
+                tensors = self._one(unique[0])
+            else:
+                chunks = [self._encode(unique[i : i + ENCODE_BATCH]) for i in range(0, len(unique), ENCODE_BATCH)]
+                tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         where = {prompt: row for row, prompt in enumerate(unique)}
         return Conditioning(tensors, torch.tensor([where[prompt] for prompt in prompts]))
 
-    def _empty_prompt(self) -> Conditioning:
+    def _one(self, prompt: str) -> dict[str, Tensor]:
         # Encoded alone: were its last bits to depend on the prompts beside it, a resumed run would differ.
-        if self._empty is None:
-            self._empty = Conditioning(self._encode([""]), torch.zeros(1, dtype=torch.long))
-        return self._empty
+        if prompt not in self._alone:
+            encoded = self._encode([prompt])
+            if len(self._alone) == REMEMBERED:
+                del self._alone[next(p for p in self._alone if p)]
+            self._alone[prompt] = encoded
+        return self._alone[prompt]
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -136,14 +142,30 @@ class SD3:
         return {name: e for name in ENCODERS if (e := self.pipe.components[name]) is not None}
 
     def encoders_to(self, device: torch.device | str) -> None:
-        """Move the text encoders; `encode` runs where they are and returns tensors on the pipeline's device."""
+        """Move the text encoders; without offload, `encode` runs where they are. Its tensors are on self.device."""
         for encoder in self._encoders().values():
             encoder.to(device)
 
+    @contextmanager
+    def _encoders_here(self) -> Iterator[None]:
+        """Inside, offloaded text encoders are on the device."""
+        if not self.offload:
+            yield
+            return
+        self.encoders_to(self.device)
+        try:
+            yield
+        finally:
+            self.encoders_to("cpu")
+            self._free()
+
     def release_encoders(self) -> None:
         """Drop the text encoders and free their memory; encode the empty prompt first, for guidance."""
-        self._empty_prompt()
+        self.encode([""])
         self.pipe.register_modules(**dict.fromkeys(ENCODERS))
+        self._free()
+
+    def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -180,7 +202,7 @@ class SD3:
         if guidance == 1:
             return SD3Denoiser(self, len(cond), self._rows(cond), 1.0)
         if negative is None:
-            negative = self._empty_prompt()
+            negative = self.encode([""])
         if len(negative) == 1:
             negative = negative[torch.zeros(len(cond), dtype=torch.long)]
         if len(negative) != len(cond):
@@ -199,7 +221,9 @@ class SD3:
         """[B, C, h, w] -> [B, 3, H, W] fp32 in [0, 1]; gradients flow when enabled."""
         vae = self.pipe.vae
         z = latents.to(self.device, torch.float32) / vae.config.scaling_factor + vae.config.shift_factor
-        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.split(self.decode_batch)])
+        pixels = z.shape[-2] * z.shape[-1] * self.pipe.vae_scale_factor**2
+        batch = min(self.decode_batch, max(1, DECODED_PIXELS // pixels))
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.split(batch)])
         return (images * 0.5 + 0.5).clamp(0, 1)
 
     def compile_blocks(self) -> None:

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 
-from diffalign import pipelines
+from diffalign import adapters, pipelines
 from diffalign.pipelines.sd3 import SD3
 from diffalign.samplers import denoise, drain
 from diffalign.types import Conditioning, UserError
@@ -238,7 +238,7 @@ def test_tokens_by_default(folder: Path, tmp_path: Path) -> None:
 
 
 def test_loading_errors_are_one_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: str | Path, message: str, **settings: str) -> None:
+    def fails(path: str | Path, message: str, **settings: str | int) -> None:
         with pytest.raises(UserError, match=message) as caught:
             pipelines.load(path, **settings)
         assert "\n" not in str(caught.value)
@@ -248,6 +248,8 @@ def test_loading_errors_are_one_sentence(folder: Path, tmp_path: Path, monkeypat
     fails("tiny-unknown", "does not exist")
     fails(tmp_path, "cannot load model")
     fails(folder, "dtype 'fp8' is not one of fp32, bf16, fp16", dtype="fp8")
+    fails(folder, "encoders 'gone' is not one of resident, offload", encoders="gone")
+    fails(folder, "max_sequence_length must be 0 to 512 for this model, got 513", max_sequence_length=513)
     fails(folder, "revision 'main' applies to hub ids", revision="main")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fails("no-such-owner/no-such-model", "check the name and the network")
@@ -270,7 +272,7 @@ def test_loading_errors_are_one_sentence(folder: Path, tmp_path: Path, monkeypat
 
 def test_a_family_is_added_by_adding_a_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "family_of_test.py").write_text(
-        "SERVES = ('SomeOther*',)\n\n\ndef wrap(pipe, dtype, device, max_sequence_length, source):\n    return source\n"
+        "SERVES = ('SomeOther*',)\n\n\ndef wrap(pipe, dtype, device, max_sequence_length, source, offload):\n    return source\n"
     )
     monkeypatch.setattr(pipelines, "__path__", [*pipelines.__path__, str(tmp_path)])
     assert pipelines.family("SomeOtherPipeline").__name__ == "diffalign.pipelines.family_of_test"
@@ -280,3 +282,100 @@ def test_a_family_is_added_by_adding_a_file(folder: Path, tmp_path: Path, monkey
 def test_the_package_imports_without_torch() -> None:
     code = "import sys, diffalign.pipelines as p; p.embedded_names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+class Watched(SD3):
+    """Notes where the text encoders go and when they work."""
+
+    def encoders_to(self, device: torch.device | str) -> None:
+        self.__dict__.setdefault("seen", []).append(f"to {device}")
+        super().encoders_to(device)
+
+    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        self.seen.append("encode")
+        return super()._encode(prompts)
+
+
+def test_offloaded_encoders_come_only_to_encode(folder_t5: Path) -> None:
+    resident = ours(folder_t5, 8)
+    pipe = Watched(theirs(folder_t5), max_sequence_length=8, offload=True)
+    assert pipe.seen == ["to cpu"]
+    cond, expected = pipe.encode(PROMPTS), resident.encode(PROMPTS)
+    assert pipe.seen == ["to cpu", "to cpu", "encode", "encode", "to cpu"]  # there, the empty prompt and ours, and back
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(cond.tensors[name], tensor)
+    x = noise(pipe, 3)
+    assert torch.equal(sample(pipe, cond, x, 2, 64, 64, 3.0), sample(resident, expected, x, 2, 64, 64, 3.0))
+
+    del pipe.seen[:]
+    negative = pipe.encode(["blue"])
+    assert pipe.seen == ["to cpu", "encode", "to cpu"]
+    assert torch.equal(pipe.encode(["blue"]).rows()["embeds"], negative.rows()["embeds"])
+    pipe.encode([""])
+    assert len(pipe.seen) == 3  # what was encoded alone is remembered, so an update need not fetch the encoders
+    pipe.encode(["", "blue"])
+    assert pipe.seen[3:] == ["to cpu", "encode", "to cpu"]
+    for i in range(20):
+        pipe.encode([f"{i}"])
+    assert len(pipe._alone) <= 8 and "" in pipe._alone
+    with pytest.raises(ValueError):
+        pipe.encode([None])  # type: ignore[list-item]
+    assert pipe.seen[-1] == "to cpu"  # and back, whatever happens
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloaded_encoders_wait_in_main_memory(folder_t5: Path) -> None:
+    pipes = [pipelines.load(folder_t5, None, "bf16", "cuda", 8, encoders) for encoders in ("resident", "offload")]
+    a, b = (pipe.encode(PROMPTS) for pipe in pipes)
+    assert [next(pipe.pipe.text_encoder_3.parameters()).device.type for pipe in pipes] == ["cuda", "cpu"]
+    for name, tensor in a.tensors.items():
+        assert tensor.is_cuda and torch.equal(b.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_gradient_checkpointing_changes_no_gradient(folder: Path, dtype: str, guidance: float, trained: str) -> None:
+    results = []
+    for checkpointing in (False, True):
+        pipe = ours(folder, dtype=dtype)
+        torch.manual_seed(1)
+        if trained == "lora":
+            adapters.add_lora(pipe, rank=4, alpha=8)
+            for name, p in pipe.network.named_parameters():
+                if ".lora_B" in name:
+                    torch.nn.init.normal_(p, std=0.1)  # at zero, the first factor has no gradient
+        else:
+            adapters.add_full(pipe, reference=True)
+        if checkpointing:
+            pipe.network.enable_gradient_checkpointing()
+        runs: list[int] = []
+        pipe.network.transformer_blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        x0, eps = pipe.denoiser(pipe.encode(["a red circle", "a star"]), guidance).predict(noise(pipe, 2), 0.5)
+        with torch.no_grad(), adapters.reference(pipe):  # as a KL penalty does between forward and backward
+            pipe.denoiser(pipe.encode(["a red circle", "a star"])).predict(noise(pipe, 2), 0.5)
+        before = len(runs)
+        (x0.square().mean() + eps.mean()).backward()
+        assert (len(runs) > before) == checkpointing  # the block was run again
+        results.append((x0.detach(), [p.grad for p in adapters.trainable_parameters(pipe)]))
+    (x0, gradients), (again, repeated) = results
+    assert torch.equal(x0, again) and len(gradients) == len(repeated) > 8
+    for a, b in zip(gradients, repeated, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert sum(float(g.abs().sum()) for g in gradients if g is not None) > 1e-3
+
+
+def test_large_images_are_decoded_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = ours(folder)
+    sizes: list[int] = []
+    pipe.pipe.vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        whole = pipe.decode(noise(pipe, 3))
+        monkeypatch.setattr("diffalign.pipelines.sd3.DECODED_PIXELS", 2 * 64 * 64)
+        torch.testing.assert_close(pipe.decode(noise(pipe, 3)), whole, atol=1e-5, rtol=0)
+        monkeypatch.setattr("diffalign.pipelines.sd3.DECODED_PIXELS", 1)
+        pipe.decode(noise(pipe, 2))
+    assert sizes == [3, 2, 1, 1, 1]

@@ -1,0 +1,73 @@
+"""The share of signal in a policy gradient: the cosine between the gradients of two independent batches.
+
+    python benchmarks/gradient_signal.py shapes_grpo --batches 16 --rows sampling.eta=0.4 "algorithm.window=null" ...
+
+Every row is the configuration with its overrides (several are joined by a comma and a space). Nothing is trained: each
+batch is one epoch's images from the model as it is, with other prompts and seeds. If g = signal + noise, two batches
+have the expected cosine |signal|^2 / (|signal|^2 + |noise|^2): 0.01 means that it takes about a hundred such epochs
+until what the weights have moved points as much along the signal as off it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign import loading, trainer
+from diffalign.clock import Clock
+from diffalign.rewards import score
+from diffalign.run import Run, prepare
+from diffalign.update import TrainedPolicy
+
+
+def gradient(run: Run) -> tuple[Tensor, dict[str, float]]:
+    """Gradient of one epoch's loss at the current weights, flattened, and what the epoch logged of its rewards."""
+    config = run.config
+    rollout, _, total = trainer.sample(run, Clock(run.pipeline.device))
+    assert rollout.images is not None
+    with torch.no_grad():
+        rollout.rewards = score(
+            run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
+        )
+    logged = trainer.advantages(run, rollout)
+    negative = run.pipeline.encode([config.sampling.negative_prompt]) if config.sampling.guidance != 1 else None
+    policy = TrainedPolicy(run.pipeline, config.sampling, negative)
+    rows = config.algorithm.trains_on(rollout).nonzero().flatten().cpu()
+    for index in rows.split(config.trainer.micro_batch):
+        for loss in config.algorithm.losses(policy, rollout[index], run.memory):
+            (loss.per_sample.sum() / total).backward()
+    flat = torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None])
+    run.optimizer.zero_grad()
+    return flat, logged
+
+
+def row(config: str, overrides: Sequence[str], batches: int) -> str:
+    run = prepare(loading.load(config, [*overrides, "output=runs/signal", "evaluation.every=0"]), resume="auto")
+    began, unit, rewards = time.monotonic(), [], []
+    for run.epoch in range(batches):
+        flat, logged = gradient(run)
+        unit.append(flat / flat.norm())
+        rewards.append(logged[f"reward/{next(iter(run.scorers))}"])
+    seconds = (time.monotonic() - began) / batches
+    cosines = [float(a @ b) for a, b in itertools.combinations(unit, 2)]
+    error = statistics.stdev(cosines) / len(cosines) ** 0.5
+    run.tracker.close()
+    name = ", ".join(overrides) or "as it is"
+    return f"| {name} | {statistics.mean(cosines):.4f} ± {error:.4f} | {statistics.mean(rewards):.3f} | {seconds:.1f} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--rows", nargs="*", default=[], help="overrides; join several of one row by ', '")
+    args = parser.parse_args()
+    print("| changed | cosine of two batches | reward | s/batch |\n| --- | --- | --- | --- |", flush=True)
+    for overrides in ["", *args.rows]:
+        print(row(args.config, overrides.split(", ") if overrides else [], args.batches), flush=True)
