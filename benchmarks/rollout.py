@@ -22,32 +22,13 @@ from diffalign import pipelines
 from diffalign.pipelines.sd3 import SD3
 from diffalign.rollout import collect
 from diffalign.sections import Sampling
+from diffalign.sizes import LARGE, MEDIUM
 from diffalign.types import Conditioning, Rollout, UserError
 
-# transformer/config.json of stabilityai/stable-diffusion-3.5-medium and -large
-MEDIUM: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "sd35-medium": {"sample_size": 128, "caption_projection_dim": 1536, **MEDIUM},
+    "sd35-large": {"sample_size": 128, "caption_projection_dim": 2432, **LARGE},
 }
-LARGE = MEDIUM | {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "dual_attention_layers": (),
-}
-TRANSFORMERS = {"sd35-medium": MEDIUM, "sd35-large": LARGE}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPT_TOKENS = 77 + 256
 

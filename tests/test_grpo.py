@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffalign import adapters, pipelines
 from diffalign.algorithms import Memory
-from diffalign.algorithms.grpo import GRPO, KL
+from diffalign.algorithms._policy_gradient import KL
+from diffalign.algorithms.grpo import GRPO
 from diffalign.rollout import collect, sample_seed
 from diffalign.sections import Sampling
 from diffalign.types import Rollout

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffalign.types import Step
+
+
+class KL(BaseModel):
+    """Penalty for leaving the reference policy, the model before training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    weight: float = Field(0.0, ge=0)
+    """Weight of the penalty; 0 skips the reference forward."""
+    norm: Literal["code", "exact", "velocity"] = "code"
+    """code: as Flow-GRPO's program, the exact KL times the step length; exact: the Gaussian KL of the step; velocity:
+    the squared velocity difference."""
 
 
 def policy_loss(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from diffalign.algorithms import Algorithm, Loss, Memory, Policy
-from diffalign.algorithms._policy_gradient import guarded_ratio, mean_kl, policy_loss
+from diffalign.algorithms._policy_gradient import KL, guarded_ratio, mean_kl, policy_loss
 from diffalign.windows import Window
 
 if TYPE_CHECKING:
@@ -17,18 +17,6 @@ if TYPE_CHECKING:
 
     from diffalign.sections import Sampling
     from diffalign.types import Denoiser, Rollout, Step
-
-
-class KL(BaseModel):
-    """Penalty for leaving the reference policy, the model before training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    weight: float = Field(0.0, ge=0)
-    """Weight of the penalty; 0 skips the reference forward."""
-    norm: Literal["code", "exact", "velocity"] = "code"
-    """code: as Flow-GRPO's program, the exact KL times the step length; exact: the Gaussian KL of the step; velocity:
-    the squared velocity difference."""
 
 
 class GRPO(Algorithm):
