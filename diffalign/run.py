@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,9 +58,15 @@ def prepare(config: Config, resume: str | None) -> Run:
         raise UserError("model.dtype fp16 trains without loss scaling and its gradients underflow; use bf16 or fp32")
     train_prompts = prompts.load(config.prompts.train)
     test_prompts = prompts.load(config.prompts.test)[: config.evaluation.prompts] if config.prompts.test else []
-    accelerator = Accelerator(
-        cpu=config.model.device == "cpu", log_with=list(config.log_with) or None, project_dir=config.output
-    )
+    # without `cpu=True` accelerate lets the processes of a machine without an accelerator run one by one
+    cpu = config.model.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, log_with=list(config.log_with) or None, project_dir=config.output)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"{started} processes were started, but accelerate does not join them on {accelerator.device}; start one,"
+            " or set model.device to cpu"
+        )
     if accelerator.num_processes > 1 and (config.model.device or "cpu") != "cpu":
         raise UserError("model.device is for a single process; leave it out and each process takes its own accelerator")
     device = config.model.device or str(accelerator.device)

@@ -1,4 +1,8 @@
-"""Pictures of a finished run for the documentation: `python -m docs.figures runs/shapes_demo` fills docs/images."""
+"""Pictures of runs for the documentation, in docs/images.
+
+python -m docs.figures runs/shapes_demo
+python -m docs.figures runs/shapes_grpo_0 runs/shapes_grpo_1 runs/shapes_grpo_2    one curve for each seed
+"""
 
 from __future__ import annotations
 
@@ -78,13 +82,28 @@ def curve(run: Run, metric: str) -> str:
     """Held-out score over epochs, and the training reward behind it."""
     held = Series([e.epoch for e in run.evaluations], [mean_score(e, metric) for e in run.evaluations], "held")
     train = Series([line["epoch"] for line in run.train], run.column(f"reward/{metric}"), "train")
-    drawn = str(chart([train, held], label=f"{metric} over epochs", width=640, height=300))
+    return styled(str(chart([train, held], label=f"{metric} over epochs", width=640, height=300)))
+
+
+def seeds(runs: list[Run], metric: str) -> str:
+    """Held-out score of several runs over epochs."""
+    lines = [
+        Series([e.epoch for e in r.evaluations], [mean_score(e, metric) for e in r.evaluations], "held") for r in runs
+    ]
+    return styled(str(chart(lines, label=f"{metric} over epochs", width=640, height=300)))
+
+
+def styled(drawn: str) -> str:
     return drawn.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(">", f">{STYLE}", 1)
 
 
 if __name__ == "__main__":
-    finished, name = read(sys.argv[1]), "geneval"
+    runs, name = [read(folder) for folder in sys.argv[1:]], "geneval"
     FOLDER.mkdir(exist_ok=True)
-    before_after(finished, name).save(FOLDER / "before_after.png", optimize=True)
-    world().save(FOLDER / "shapes.png", optimize=True)
-    (FOLDER / "grpo_curve.svg").write_text(curve(finished, name), "utf-8")
+    if len(runs) > 1:
+        (FOLDER / "shapes_grpo_curve.svg").write_text(seeds(runs, name), "utf-8")
+        before_after(runs[0], name).save(FOLDER / "shapes_grpo_before_after.png", optimize=True)
+    else:
+        before_after(runs[0], name).save(FOLDER / "before_after.png", optimize=True)
+        world().save(FOLDER / "shapes.png", optimize=True)
+        (FOLDER / "grpo_curve.svg").write_text(curve(runs[0], name), "utf-8")
