@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import get_args
 
 from diffalign import loading, pipelines, prompts
-from diffalign.methods import summaries
+from diffalign.listing import summaries
 from diffalign.sections import Kernel
 
 

@@ -14,7 +14,8 @@ from diffalign.algorithms import Algorithm
 from diffalign.config import Config
 from diffalign.curriculums import Curriculum
 from diffalign.fields import method_class
-from diffalign.methods import Method, available, nearest
+from diffalign.listing import available, nearest
+from diffalign.methods import Method
 from diffalign.rewards import Reward
 from diffalign.source import Path, Source
 from diffalign.types import UserError

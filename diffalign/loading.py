@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from diffalign import config_help, prompts, source
 from diffalign.config import Config
-from diffalign.methods import nearest
+from diffalign.listing import nearest
 from diffalign.pipelines import embedded_names, looks_like_hub_id
 from diffalign.source import Path as KeyPath
 from diffalign.types import UserError

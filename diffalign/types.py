@@ -62,10 +62,15 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """Scores of a batch. NaN = this reward does not apply to that prompt."""
+    """Scores of a batch. NaN = this reward does not apply to that prompt.
+
+    A score that applies but could not be had (a server that failed, an answer that cannot be read) is never 0: it is
+    marked invalid, is left out of the statistics of its group and gets advantage 0.
+    """
 
     scores: Tensor  # [B] fp32
-    extra: dict[str, Any] = field(default_factory=dict)  # details for logs and reports
+    extra: dict[str, Any] = field(default_factory=dict)  # for reports: name -> B entries, a list or a tensor [B, ...]
+    valid: Tensor | None = None  # [B] bool; None = all
 
 
 @dataclass

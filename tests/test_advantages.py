@@ -21,7 +21,7 @@ from diffalign.advantages.group import Group
 from diffalign.advantages.rank import Rank
 from diffalign.advantages.rwr import Rwr
 from diffalign.advantages.sft import Sft
-from diffalign.methods import available
+from diffalign.listing import available
 from diffalign.types import UserError
 
 GROUP = torch.tensor([7, 7, 7, 3, 3, 3])

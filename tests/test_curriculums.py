@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.curriculums import Curriculum, k_repeat
 from diffalign.curriculums.uniform import Uniform
 from diffalign.curriculums.variance import Variance
-from diffalign.methods import available
+from diffalign.listing import available
 from diffalign.types import UserError
 
 UNIFORM, VARIANCE = Uniform(name="uniform"), Variance(name="variance")
