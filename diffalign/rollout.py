@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +41,7 @@ def collect(
     start: Tensor | None = None,
     stochastic: Sequence[int] | None = None,
     clock: Clock | None = None,
+    decoded: Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], None] | None = None,
 ) -> Rollout:
     """Sample one image for each entry of `prompts` and keep the transitions of the `kept` steps.
 
@@ -53,6 +54,7 @@ def collect(
         start: [B] seeds of the initial noise, when it is not to come from `seeds`; images may share one.
         stochastic: step indices that use `sampling.kernel`, by default the kept ones; the others are deterministic.
         clock: gets the seconds of encode, rollout and decode.
+        decoded: called with the images of each micro-batch, their prompts and their entries as soon as they are there.
     """
     clock = clock if clock is not None else Clock(pipeline.device)
     texts = [m["prompt"] for m in prompts]
@@ -73,6 +75,8 @@ def collect(
         with clock("decode"):
             # Images are large and the network never needs them again: they do not stay on the accelerator.
             images = pipeline.decode(x0).cpu()
+        if decoded is not None:
+            decoded(images, [texts[i] for i in rows.tolist()], [prompts[i] for i in rows.tolist()])
         parts.append((x0, images, log_probs))
         if stored is None:
             stored = states.new_empty(len(texts), *states.shape[1:])

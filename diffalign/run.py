@@ -42,9 +42,15 @@ class Run:
     watch: Watch
     states: dict[str, dict[str, Tensor]]  # of the advantage estimator and of the curriculum
     kept: dict[str, State]  # all that a checkpoint holds
+    learners: dict[str, rewards.Learner]  # the heads among `scorers` that are trained too
     train_prompts: list[dict[str, Any]]
     test_prompts: list[dict[str, Any]] = field(default_factory=list)
     epoch: int = 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over processes."""
+        total: Tensor = self.accelerator.reduce(tensor, "sum")
+        return total
 
 
 def prepare(config: Config, resume: str | None) -> Run:
@@ -76,6 +82,9 @@ def prepare(config: Config, resume: str | None) -> Run:
         r.key: same[r.key] if r in config.rewards else rewards.build([r], device)[r.key]
         for r in config.evaluation.rewards
     }
+    for r in config.evaluation.rewards:
+        if r.learns and r not in config.rewards:
+            raise UserError(f"evaluation.rewards: '{r.key}' learns during training; list it, alike, under rewards too")
     m = config.model
     pipeline: Any = pipelines.load(m.path, m.revision, m.dtype, device, m.max_sequence_length, m.encoders)
     if config.adapter.name == "lora":
@@ -91,6 +100,7 @@ def prepare(config: Config, resume: str | None) -> Run:
     optimizer = torch.optim.AdamW(parameters.values(), t.lr, t.betas, weight_decay=t.weight_decay)
     ema = EMA(list(parameters.values()), t.ema, t.ema_every) if t.ema else None
     memory = config.algorithm.start(pipeline, parameters)
+    learners: dict[str, rewards.Learner] = {n: s.head for n, s in scorers.items() if s.reward.learns}  # type: ignore[misc]
     watch = Watch(config.guard)
     states = {"advantage": config.advantage.start(), "curriculum": config.curriculum.start(len(train_prompts))}
     kept = {
@@ -99,6 +109,7 @@ def prepare(config: Config, resume: str | None) -> Run:
         "memory": State(memory.state_dict, memory.load_state_dict),
         "guard": State(watch.state_dict, watch.load_state_dict),
         **{name: of_tensors(state) for name, state in states.items()},
+        **{f"learner_{i}": State(h.state_dict, h.load_state_dict) for i, h in enumerate(learners.values())},
     }
     if ema is not None:
         kept["ema"] = of_average(ema, parameters)
@@ -113,7 +124,7 @@ def prepare(config: Config, resume: str | None) -> Run:
     tracker = Tracker(accelerator, folder, t.epochs, begun, saved)
     return Run(
         config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
-        watch, states, kept, train_prompts, test_prompts, begun,
+        watch, states, kept, learners, train_prompts, test_prompts, begun,
     )  # fmt: skip
 
 

@@ -22,14 +22,16 @@ from diffalign.curriculums import k_repeat
 from diffalign.eval import report
 from diffalign.interrupt import Interrupt
 from diffalign.knobs import reworded
-from diffalign.rewards import shaped
+from diffalign.overlap import Early
+from diffalign.rewards import Lesson, shaped
 from diffalign.rollout import collect, sample_seed
 from diffalign.run import Run, export, prepare, save
-from diffalign.types import Rollout, UserError
+from diffalign.types import RewardOutput, Rollout, UserError
 from diffalign.update import update
 from diffalign.writing import writing
 
 EXAMPLES = 12  # training images sent to trackers at every evaluation
+INVALID = 0.2  # share of the images above which a reward that cannot score them stops the run
 GROUP = 2**31  # the image number whose seed is that of the noise a group shares
 SHOWN = {  # metric -> (its name in the progress line, format)
     "grad_norm": ("grad", ".2g"),
@@ -85,22 +87,10 @@ def epoch(run: Run) -> None:
     """One rollout and its optimizer steps."""
     config, clock = run.config, Clock(run.pipeline.device)
     began = time.monotonic()
-    rollout, first, total = sample(run, clock)
-    assert rollout.images is not None
-    if not all(gather_object([bool(rollout.images.isfinite().all())])):
-        raise UserError(
-            f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
-            "with a lower trainer.lr"
-        )
-    with clock("reward"), torch.no_grad():
-        rollout.rewards = rewards.score(
-            run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
-        )
-    values = advantages(run, rollout)
-    with clock("train"):
-        values |= update(run, rollout, first, total)
-    for key, sentence in config.algorithm.warnings(values).items():
-        run.tracker.warn(key, f"epoch {run.epoch + 1}: {sentence}")
+    with Early(run.scorers) as early:
+        rollout, first, total = sample(run, clock, early)
+        assert rollout.images is not None
+        values = turn(run, clock, rollout, first, total, early)
     run.epoch += 1
     seconds = time.monotonic() - began
     values |= {"images_per_second": total / seconds, "seconds": seconds, "memory_gib": peak_memory(run)}
@@ -113,6 +103,39 @@ def epoch(run: Run) -> None:
     run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {'  '.join(shown)}")
 
 
+def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early: Early) -> dict[str, float]:
+    """What the epoch's images are used for: heads that learn, then the generator; returns what to log."""
+    config, images = run.config, rollout.images
+    assert images is not None
+    if not all(gather_object([bool(images.isfinite().all())])):
+        raise UserError(
+            f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
+            "with a lower trainer.lr"
+        )
+    values, generator = {}, True
+    for name, head in run.learners.items():
+        with clock("learn"):
+            lesson = Lesson(
+                run.epoch, images, rollout.prompts, rollout.metadata, rollout.seeds, total,
+                config.trainer.micro_batch, run.sum,
+            )  # fmt: skip
+            trains, logged = head.learn(lesson)
+        generator &= trains
+        values |= {f"{name}/{key}": value for key, value in logged.items()}
+    if not generator:
+        return values
+    with clock("reward"), torch.no_grad():
+        local = {name: scorer for name, scorer in run.scorers.items() if not scorer.reward.remote}
+        batch = config.trainer.micro_batch
+        outputs = rewards.score(local, images, rollout.prompts, rollout.metadata, batch) | early.outputs()
+    values |= advantages(run, rollout, outputs)
+    with clock("train"):
+        values |= update(run, rollout, first, total)
+    for key, sentence in config.algorithm.warnings(values).items():
+        run.tracker.warn(key, f"epoch {run.epoch + 1}: {sentence}")
+    return values
+
+
 def peak_memory(run: Run) -> float:
     """GiB that the accelerator's allocator has held at most, or that this process has on a CPU."""
     if run.accelerator.device.type == "cuda":
@@ -121,7 +144,7 @@ def peak_memory(run: Run) -> float:
     return kilobytes / 2**20
 
 
-def sample(run: Run, clock: Clock) -> tuple[Rollout, int, int]:
+def sample(run: Run, clock: Clock, early: Early) -> tuple[Rollout, int, int]:
     """This process's share of the epoch's images, the number of its first one, and how many there are in all."""
     t, c, algorithm = run.config.trainer, run.config, run.config.algorithm
     generator = torch.Generator().manual_seed(sample_seed(c.seed, run.epoch, len(run.train_prompts), t.prompts))
@@ -144,12 +167,15 @@ def sample(run: Run, clock: Clock) -> tuple[Rollout, int, int]:
             shared if c.sampling.shared_noise else None,
             algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
             clock,
+            early.submit,
         )
     return rollout, share[0] if share else 0, len(pairs)
 
 
-def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
+def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> dict[str, float]:
     """Set the advantages from the rewards of all processes; returns what to log of them."""
+    rollout.rewards = {name: outputs[name].scores for name in run.scorers}
+    logged = invalid(run, outputs)
     method = run.config.advantage
     by_name = {name: s.reward for name, s in run.scorers.items()}
     mine = {"group": rollout.group.cpu(), **{name: r.cpu() for name, r in rollout.rewards.items()}}
@@ -171,7 +197,7 @@ def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
     rollout.advantages = values[first : first + len(rollout)].float().to(rollout.x0.device)
     _, row = group.unique(return_inverse=True)
     largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
-    logged = {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
+    logged |= {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
     spread = {}
     for name, r in every.items():
         valid = r[~r.isnan()].double()
@@ -181,6 +207,28 @@ def advantages(run: Run, rollout: Rollout) -> dict[str, float]:
         if len(valid) < len(r):
             logged[f"applies/{name}"] = len(valid) / len(r)
     run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
+    return logged
+
+
+def invalid(run: Run, outputs: dict[str, RewardOutput]) -> dict[str, float]:
+    """Share of the images that a reward could not score, of those it applies to; above the limit the run stops."""
+    mine = {}
+    for name, output in outputs.items():
+        assert output.valid is not None
+        reasons = [e for e in output.extra.get("error", []) if e is not None]
+        mine[name] = (int((~output.valid).sum()), int((~output.scores.isnan()).sum()), reasons[:1])
+    logged = {}
+    every = gather_object([mine])
+    for name in run.scorers:
+        failed, scored = (sum(part[name][k] for part in every) for k in (0, 1))
+        reasons = [reason for part in every for reason in part[name][2]]
+        if failed:
+            logged[f"invalid/{name}"] = failed / (failed + scored)
+        if failed > INVALID * (failed + scored):
+            raise UserError(
+                f"reward '{name}' could not score {failed} of the {failed + scored} images of epoch {run.epoch + 1}, "
+                f"more than {INVALID:.0%}: {reasons[0] if reasons else 'it gave no reason'}; the last checkpoint stays"
+            )
     return logged
 
 

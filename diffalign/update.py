@@ -134,6 +134,6 @@ def reduce_gradients(run: Run) -> None:
 
 
 def _sum(run: Run, gradients: list[Tensor]) -> None:
-    flat: Tensor = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    flat = run.sum(torch.cat([g.flatten() for g in gradients]))
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

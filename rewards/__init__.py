@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import PrivateAttr, ValidationError
 
@@ -35,7 +35,9 @@ class Reward(Method):
     needs_prompt: ClassVar[bool] = True
     """The scores depend on the prompt or its metadata."""
     remote: ClassVar[bool] = False
-    """The scores come from another process or machine, so that waiting for them can overlap with sampling."""
+    """The scores come from another process or machine: waiting for them overlaps with sampling, in a thread."""
+    learns: ClassVar[bool] = False
+    """`setup` returns a `Learner`, which the trainer shows every epoch's images before they are scored."""
 
     @property
     def key(self) -> str:
@@ -50,6 +52,36 @@ class Reward(Method):
     ) -> RewardOutput | Tensor | Sequence[float]:
         """images [B, 3, H, W] in [0, 1] -> B scores; NaN = this reward does not apply to that prompt."""
         raise UserError(f"reward '{self.key}' cannot score: its class must define __call__, or setup to load weights")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One epoch's images as a learning head sees them: this process's share of `total` over all processes."""
+
+    epoch: int  # from 0
+    images: Tensor  # [B, 3, H, W] in [0, 1]; B may be 0
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+    seeds: Tensor  # [B] int64, one for each image: whatever a head draws is a function of it
+    total: int
+    batch: int  # images to take at once; it must change no result
+    sum: Callable[[Tensor], Tensor]  # over processes; every process must call it equally often
+
+
+class Learner(Protocol):
+    """A head with weights that are trained during the run, such as a discriminator. They are saved with the run."""
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> RewardOutput | Tensor | Sequence[float]: ...
+
+    def learn(self, lesson: Lesson) -> tuple[bool, dict[str, float]]:
+        """Train on the images; (whether the generator is to train on them too, what to log), alike on every process."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 class FunctionReward(Reward):
@@ -70,7 +102,7 @@ class Scorer:
     device: torch.device | str  # where the head runs; images may be stored elsewhere
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
-        """images [B, 3, H, W] in [0, 1] -> RewardOutput with scores [B] fp32 on the images' device.
+        """images [B, 3, H, W] in [0, 1] -> scores [B] fp32 on the images' device; those that are not valid are NaN.
 
         Raises UserError when the head returns another shape, another type, or an infinite score.
         """
@@ -78,7 +110,8 @@ class Scorer:
 
         name = self.reward.key
         output = self.head(images.to(self.device), prompts, metadata)
-        scores, extra = (output.scores, output.extra) if isinstance(output, RewardOutput) else (output, {})
+        given = output if isinstance(output, RewardOutput) else RewardOutput(output)  # type: ignore[arg-type]
+        scores: Any = given.scores
         try:
             scores = torch.as_tensor(scores, device=images.device)
         except (TypeError, ValueError) as error:
@@ -89,11 +122,18 @@ class Scorer:
                 f"but returned {scores.dtype} of shape {list(scores.shape)}"
             )
         scores = scores.float()
+        valid = (
+            scores.new_ones(scores.shape, dtype=torch.bool) if given.valid is None else given.valid.to(images.device)
+        )
+        scores = scores.masked_fill(~valid, torch.nan)
         infinite = scores.detach().isinf().nonzero()
         if len(infinite):
             prompt = prompts[int(infinite[0])]
             raise UserError(f"reward '{name}' gave an infinite score for the prompt {prompt!r}; return NaN to abstain")
-        return RewardOutput(scores, extra)
+        for entry, values in given.extra.items():
+            if len(values) != len(prompts):
+                raise UserError(f"reward '{name}', extra '{entry}' must have one entry an image, {len(prompts)} in all")
+        return RewardOutput(scores, given.extra, valid)
 
 
 def resolve(entry: str | Mapping[str, Any] | Reward) -> Reward:
@@ -143,15 +183,21 @@ def score(
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
     batch: int,
-) -> dict[str, Tensor]:
+) -> dict[str, RewardOutput]:
     """Every reward's scores [B] fp32 on the images' device; at most `batch` images are scored at once."""
+    parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
+    return {
+        name: joined([scorer(images[i], prompts[i], metadata[i]) for i in parts]) for name, scorer in rewards.items()
+    }
+
+
+def joined(parts: Sequence[RewardOutput]) -> RewardOutput:
+    """The outputs of several batches as one."""
     import torch
 
-    scores: dict[str, Tensor] = {}
-    for name, scorer in rewards.items():
-        parts = [
-            scorer(images[i : i + batch], prompts[i : i + batch], metadata[i : i + batch]).scores
-            for i in range(0, len(prompts), batch)
-        ]
-        scores[name] = torch.cat(parts)
-    return scores
+    def together(values: list[Any]) -> Any:
+        return torch.cat(values) if isinstance(values[0], torch.Tensor) else [v for value in values for v in value]
+
+    valid = [p.valid for p in parts if p.valid is not None]
+    extra = {name: together([p.extra[name] for p in parts]) for name in parts[0].extra}
+    return RewardOutput(torch.cat([p.scores for p in parts]), extra, torch.cat(valid) if valid else None)

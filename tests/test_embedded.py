@@ -83,7 +83,7 @@ def test_base_has_something_to_learn(pipeline: Any) -> None:
     metadata = [m for m in test for _ in range(2)]
     rollout = collect(pipeline, metadata, torch.arange(96) // 2, seeds, sampling, (), 48)
     assert rollout.images is not None
-    scores = rewards.score(rewards.build(["geneval"]), rollout.images, rollout.prompts, metadata, 48)["geneval"]
+    scores = rewards.score(rewards.build(["geneval"]), rollout.images, rollout.prompts, metadata, 48)["geneval"].scores
     tags = [m["tag"] for m in metadata]
     assert 0.25 < scores.mean() < 0.8
     easy = torch.tensor([t in ("single_object", "colors") for t in tags])

@@ -36,7 +36,20 @@ def as_list(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[s
 
 
 def sometimes(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
-    return RewardOutput(torch.tensor([math.nan if p.endswith("1") else 0.5 for p in prompts]), {"note": "kept"})
+    return RewardOutput(
+        torch.tensor([math.nan if p.endswith("1") else 0.5 for p in prompts]), {"note": [p[-1] for p in prompts]}
+    )
+
+
+def fails_once(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+    failed = [p.endswith("3") for p in prompts]
+    return RewardOutput(
+        torch.zeros(len(prompts)), {"error": ["no" if f else None for f in failed]}, ~torch.tensor(failed)
+    )
+
+
+def short_extra(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+    return RewardOutput(torch.zeros(len(prompts)), {"map": torch.zeros(1)})
 
 
 def explodes(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -69,7 +82,7 @@ def here(name: str) -> str:
 
 def score_one(name: str, batch: int = 2) -> Tensor:
     scores = rewards.score(rewards.build([here(name)]), IMAGES, PROMPTS, BLANK, batch)
-    return scores[name]
+    return scores[name].scores
 
 
 def test_import_is_free_of_torch() -> None:
@@ -91,7 +104,7 @@ def test_plain_functions_are_rewards(name: str, batch: int) -> None:
 def test_classes_by_dotted_path_load_once_and_take_options() -> None:
     built = rewards.build([{"name": here("Redness"), "channel": 2, "weight": 0.25, "label": "blueness"}])
     assert built["blueness"].reward.weight == 0.25
-    scores = rewards.score(built, IMAGES, PROMPTS, BLANK, 2)["blueness"]
+    scores = rewards.score(built, IMAGES, PROMPTS, BLANK, 2)["blueness"].scores
     torch.testing.assert_close(scores, IMAGES[:, 2].mean((1, 2)))
 
 
@@ -107,7 +120,15 @@ def test_nan_means_does_not_apply_and_extra_is_kept() -> None:
     scores = score_one("sometimes")
     assert scores.isnan().tolist() == [False, True, False, False, False]
     output = rewards.build([here("sometimes")])["sometimes"](IMAGES, PROMPTS, BLANK)
-    assert output.extra == {"note": "kept"}
+    assert output.valid is not None and output.valid.all()
+    whole = rewards.score(rewards.build([here("sometimes")]), IMAGES, PROMPTS, BLANK, 2)["sometimes"]
+    assert output.extra == whole.extra == {"note": ["0", "1", "2", "3", "4"]}
+
+
+def test_what_could_not_be_scored_is_left_out_and_never_zero() -> None:
+    output = rewards.score(rewards.build([here("fails_once")]), IMAGES, PROMPTS, BLANK, 2)["fails_once"]
+    assert output.valid is not None and output.valid.tolist() == [True, True, True, False, True]
+    assert output.scores.isnan().tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +136,7 @@ def test_nan_means_does_not_apply_and_extra_is_kept() -> None:
     [
         ("explodes", r"'explodes' gave an infinite score for the prompt 'prompt 3'"),
         ("two_each", r"'two_each' must return one real score an image, shape \[2\], .*\[2, 2\]"),
+        ("short_extra", r"'short_extra', extra 'map' must have one entry an image, 2 in all"),
         ("words", r"'words' must return a tensor or a list of 2 numbers"),
     ],
 )
@@ -144,7 +166,7 @@ def test_bad_entries_are_user_errors(entries: list[Any], message: str) -> None:
 def test_the_same_head_twice_by_label() -> None:
     built = rewards.build(["jpeg", {"name": "jpeg", "mode": "incompress", "label": "detail"}])
     scores = rewards.score(built, IMAGES, PROMPTS, BLANK, 2)
-    torch.testing.assert_close(scores["jpeg"], -scores["detail"])
+    torch.testing.assert_close(scores["jpeg"].scores, -scores["detail"].scores)
 
 
 def test_a_new_head_is_one_new_file(tmp_path: Path) -> None:
@@ -160,7 +182,7 @@ def test_a_new_head_is_one_new_file(tmp_path: Path) -> None:
         built = rewards.build([{"name": "sharp_head.Sharp", "power": 2.0, "label": "sharp"}])
     finally:
         sys.path.remove(str(tmp_path))
-    scores = rewards.score(built, IMAGES, PROMPTS, BLANK, 3)["sharp"]
+    scores = rewards.score(built, IMAGES, PROMPTS, BLANK, 3)["sharp"].scores
     torch.testing.assert_close(scores, IMAGES.diff(dim=-1).abs().mean((1, 2, 3)) ** 2)
 
 

@@ -103,7 +103,7 @@ def measure(folder: Path, micro_batch: int = 64) -> dict[str, dict[str, float]]:
     result = {}
     for mode in ("strict", "correct"):
         scorer = rewards.build([{"name": "geneval", "mode": mode}])
-        scores = rewards.score(scorer, rollout.images, rollout.prompts, metadata, micro_batch)["geneval"]
+        scores = rewards.score(scorer, rollout.images, rollout.prompts, metadata, micro_batch)["geneval"].scores
         means = {tag: float(scores[[m["tag"] == tag for m in metadata]].mean()) for tag in TAGS}
         result[mode] = means | {"overall": sum(means.values()) / len(means)}
     return result
