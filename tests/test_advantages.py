@@ -191,6 +191,17 @@ def test_rank_counts_places_only() -> None:
     same(judged(RANK, {"a": scores(14).exp()}), judged(RANK, {"a": scores(14)}))
 
 
+def test_ranks_of_each_reward_add_up_whatever_their_scales() -> None:
+    group = torch.tensor([0, 0, 0, 1, 1])
+    a, b = torch.tensor([1.0, 2, 3, 0, 5]), torch.tensor([9.0, 7, 8, math.nan, math.nan])
+    each = Rank(name="rank", each=True)
+    weights = {"a": 1.0, "b": 0.5}
+    ranks = each({"a": a, "b": b}, weights, group, {})
+    expected = each({"a": a}, weights, group, {}) + each({"b": b}, weights, group, {}).nan_to_num(0.0)
+    torch.testing.assert_close(ranks, expected)
+    torch.testing.assert_close(each({"a": a * 1e6, "b": b.exp()}, weights, group, {}), ranks)
+
+
 def test_tied_images_share_their_rank() -> None:
     actual = judged(RANK, {"a": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])}, torch.zeros(5, dtype=torch.long))
     same(actual, torch.tensor([1.0, -1.5, 1.0, 1.0, -1.5], dtype=torch.float64) / math.sqrt(2.0))

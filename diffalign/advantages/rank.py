@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from diffalign.advantages import Scalar
@@ -17,6 +18,19 @@ class Rank(Scalar):
     std 1 without ties, |A| < sqrt(3). Any increasing change of the reward leaves it as it is. Rank transforms of
     rewards are those of evolution strategies (arXiv 1703.03864).
     """
+
+    each: bool = False
+    """Rank by each reward on its own and sum the weighted ranks, so that rewards of any scales count alike."""
+
+    def __call__(
+        self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, state: dict[str, Tensor]
+    ) -> Tensor:
+        import torch
+
+        if not self.each:
+            return super().__call__(rewards, weights, group, state)
+        parts = torch.stack([weights[name] * self.estimate(r.double(), group, state) for name, r in rewards.items()])
+        return parts.nansum(0).masked_fill(parts.isnan().all(0), torch.nan)
 
     def estimate(self, reward: Tensor, group: Tensor, state: dict[str, Tensor]) -> Tensor:
         import torch
