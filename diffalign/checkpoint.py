@@ -24,6 +24,8 @@ from diffalign.writing import sync
 # What cannot change on the way without making the run's curve and its comparison with epoch 0 meaningless.
 SAME = (
     "model.path",
+    "model.revision",
+    "model.max_sequence_length",
     "algorithm.name",
     "advantage.name",
     "curriculum.name",
@@ -34,6 +36,9 @@ SAME = (
     "evaluation.images_per_prompt",
     "evaluation.steps",
     "evaluation.guidance",
+    "sampling.height",
+    "sampling.width",
+    "sampling.negative_prompt",
 )
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
@@ -153,6 +158,8 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def _value(config: dict[str, Any], key: str) -> Any:
+    if key == "evaluation.guidance" and config["evaluation"]["guidance"] is None:
+        return config["sampling"]["guidance"]
     for part in key.split("."):
         config = config[part]
     return config

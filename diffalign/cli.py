@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from diffalign import __version__
 from diffalign.listing import summaries
-from diffalign.types import UserError
+from diffalign.types import Elsewhere, UserError
 
 COMMANDS = "diffalign.commands"
 
@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(f"{COMMANDS}.{args.command.replace('-', '_')}").run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(error, file=sys.stderr)
+        if not isinstance(error, Elsewhere):
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -117,6 +117,10 @@ def _conflicts(config: Config) -> list[tuple[KeyPath, str]]:
     if config.trainer.updates_per_rollout > images:
         said = f"{config.trainer.updates_per_rollout} updates need as many images, got {images} an epoch"
         wrong.append((("trainer", "updates_per_rollout"), said))
+    if config.model.dtype == "fp16":
+        wrong.append((("model", "dtype"), "fp16 is for sampling: its gradients underflow; train in bf16 or fp32"))
+    if config.trainer.ema_every > 1 and not config.trainer.ema:
+        wrong.append((("trainer", "ema_every"), "has no effect without trainer.ema"))
     if not config.rewards:
         wrong.append((("rewards",), "name at least one reward"))
     places: dict[KeyPath, Rewards] = {("rewards",): config.rewards}

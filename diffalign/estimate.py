@@ -98,14 +98,15 @@ def phases(config: Config, model: ModelSizes, images: int) -> dict[str, int]:
     """What is there for a while, one after the other."""
     t = config.trainer
     trained = 4 * elements(trained_tensors(config, model))
+    batch = min(t.micro_batch, images)
     sampled, cast = passes(config.sampling.guidance), casts(config, model)
-    learned = t.micro_batch * (sampled if settings(config).get("cfg", True) else 1)
+    learned = batch * (sampled if settings(config).get("cfg", True) else 1)
     moved = encoders(config, model) if config.model.encoders == "offload" else 0
     found = {
         ENCODING: moved + encode_work(config, model),  # before anything is stored
-        f"rollout of {t.micro_batch} images": work(config, model, t.micro_batch * sampled) + cast,
+        f"rollout of {batch} images": work(config, model, batch * sampled) + cast,
         f"decoding {decoded(config)} images": decode_work(config, model),
-        f"training on {t.micro_batch} images, gradients {trained / GIB:.1f}": trained
+        f"training on {batch} images, gradients {trained / GIB:.1f}": trained
         + saved(config, model, learned)
         + work(config, model, learned),
         "optimizer step": trained + trained,  # gradients, and a temporary of AdamW

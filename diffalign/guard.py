@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from diffalign.sections import Guard
-from diffalign.types import UserError
+from diffalign.types import Stopped
 
 LAST = 50  # gradient norms whose median is the usual one
 IN_A_ROW = 3
 
 
 class Watch:
-    """Sees every epoch and every update of a run; raises UserError when going on is of no use."""
+    """Sees every epoch and every update of a run; raises Stopped when going on is of no use."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -46,21 +46,21 @@ class Watch:
         else:
             cause = "the images of each prompt all scored alike"
             remedy = "raise trainer.images_per_prompt or sampling.eta, or take prompts that sometimes succeed"
-        raise UserError(
+        raise Stopped(
             f"nothing was learnt in {self.flat} epochs up to {epoch}: {cause}; {remedy} (guard.flat_epochs 0 goes on)"
         )
 
     def gradient(self, epoch: int, norm: float) -> None:
         """The gradient norm of one update, before it is applied."""
         if not math.isfinite(norm):
-            raise UserError(
+            raise Stopped(
                 f"gradients of epoch {epoch} are not finite, so they were not applied; resume from the last checkpoint "
                 "with a lower trainer.lr, or with model.dtype fp32"
             )
         usual = median(self.norms) if len(self.norms) >= LAST // 5 else math.inf
         self.exploded = self.exploded + 1 if norm > self.guard.grad_norm * usual > 0 else 0
         if self.exploded >= IN_A_ROW:
-            raise UserError(
+            raise Stopped(
                 f"the gradient norm rose to {norm:.3g} in epoch {epoch}, over {self.guard.grad_norm:g} times its usual "
                 f"{usual:.3g}, and stayed: training has diverged; resume from an earlier checkpoint with a lower "
                 "trainer.lr, a smaller algorithm.clip or a KL weight"

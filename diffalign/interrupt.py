@@ -1,4 +1,4 @@
-"""Ctrl-C without loss: the first one is noted and acted on between epochs, the second ends the program at once.
+"""Ctrl-C without loss: the first one is noted and acted on before the next update, the second ends the program at once.
 
 SIGTERM is noted too, however often it comes: a scheduler sends it to every process of a job, and a launcher passes its
 own on. Who cannot wait has SIGKILL.
@@ -36,5 +36,5 @@ class Interrupt:
             raise KeyboardInterrupt
         if not self.asked:
             again = "; once more to stop now without saving it" if number == signal.SIGINT else ""
-            print(f"stopping after this epoch{again}", file=sys.stderr, flush=True)
+            print(f"stopping{again}", file=sys.stderr, flush=True)
         self.asked = True

@@ -11,8 +11,6 @@ from diffalign.estimate import GIB, estimate
 from diffalign.sections import Lora
 
 if TYPE_CHECKING:
-    import torch
-
     from diffalign.config import Config
     from diffalign.sizes import ModelSizes
 
@@ -82,7 +80,7 @@ def savings(config: Config, model: ModelSizes, processes: int = 1) -> dict[tuple
     return {knob: less for knob, less in best if less >= 0.05 * GIB}
 
 
-def reworded(error: torch.OutOfMemoryError, config: Config) -> str:
+def reworded(error: Exception, config: Config) -> str:
     """One sentence for an accelerator that ran out of memory: how much it has, and the settings that would help."""
     asked, owned = (re.search(p, str(error)) for p in (r"allocate ([\d.]+ \w+)", r"total capacity of ([\d.]+ \w+)"))
     found = [f"{asked[1]} more were asked for" if asked else "", f"it has {owned[1]}" if owned else ""]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffalign import adapters, checkpoint, pipelines, prompts, rewards
@@ -20,7 +24,7 @@ from diffalign.guard import Watch
 from diffalign.loading import save as save_config
 from diffalign.states import State, of_average, of_optimizer, of_tensors, of_weights
 from diffalign.tracking import Tracker, require
-from diffalign.types import UserError
+from diffalign.types import Elsewhere, UserError
 from diffalign.writing import writing
 
 
@@ -46,6 +50,7 @@ class Run:
     train_prompts: list[dict[str, Any]]
     test_prompts: list[dict[str, Any]] = field(default_factory=list)
     epoch: int = 0
+    between: bool = True  # the weights are those that the last epoch left
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over processes."""
@@ -60,8 +65,6 @@ def prepare(config: Config, resume: str | None) -> Run:
     saved = config.model_dump(mode="json")
     begun = checkpoint.check(start, saved) if start else 0
     require(config.log_with)
-    if config.model.dtype == "fp16":
-        raise UserError("model.dtype fp16 trains without loss scaling and its gradients underflow; use bf16 or fp32")
     train_prompts = prompts.load(config.prompts.train)
     test_prompts = prompts.load(config.prompts.test)[: config.evaluation.prompts] if config.prompts.test else []
     # without `cpu=True` accelerate lets the processes of a machine without an accelerator run one by one
@@ -73,6 +76,9 @@ def prepare(config: Config, resume: str | None) -> Run:
             f"{started} processes were started, but accelerate does not join them on {accelerator.device}; start one,"
             " or set model.device to cpu"
         )
+    images = config.trainer.prompts * config.trainer.images_per_prompt
+    if started > images:
+        raise UserError(f"{started} processes cannot share {images} images; raise trainer.prompts or start fewer")
     if accelerator.num_processes > 1 and (config.model.device or "cpu") != "cpu":
         raise UserError("model.device is for a single process; leave it out and each process takes its own accelerator")
     device = config.model.device or str(accelerator.device)
@@ -119,9 +125,9 @@ def prepare(config: Config, resume: str | None) -> Run:
     if accelerator.is_main_process:
         with writing("the run folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            discard_after(folder, begun)
+            discard_after(folder, begun if start else -1)
             save_config(config, folder / "config.yaml")
-    tracker = Tracker(accelerator, folder, t.epochs, begun, saved)
+    tracker = Tracker(accelerator, folder, t.epochs, begun if start else -1, saved)
     return Run(
         config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
         watch, states, kept, learners, train_prompts, test_prompts, begun,
@@ -134,8 +140,9 @@ def discard_after(folder: Path, epoch: int) -> None:
     for path in checkpoint.finished(folder / "checkpoints"):
         if int(path.name) > epoch:
             checkpoint.remove(path)
-    for path in [*(folder / "eval").glob("[0-9]*"), *(folder / "images").glob("eval_*")]:
-        if int(path.name.removeprefix("eval_").split(".")[0]) > epoch:  # also 0002.tmp and eval_0002.png.tmp
+    for path in [path for name in ("eval", "images") for path in (folder / name).glob("*")]:
+        number = re.match(r"(?:eval_|train_)?(\d+)", path.name)  # also 0002.tmp and eval_0002.png.tmp
+        if number is not None and int(number[1]) > epoch:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -150,14 +157,37 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if not (Path(resume) / "meta.json").is_file():
         known = f"; the last one here is {found[-1]}" if found else ""
         raise UserError(f"'{resume}' is no checkpoint{known}")
+    own = Path(resume).resolve().parent == (folder / "checkpoints").resolve()
+    if not own and (found or (folder / "metrics.jsonl").exists()):
+        raise UserError(f"'{folder}' holds another run than '{resume}'; choose a new output, or one of its checkpoints")
     return Path(resume)
 
 
+@contextmanager
+def by_main(run: Run) -> Iterator[bool]:
+    """Inside, the main process alone is to act (the value says so); if it fails, every process leaves."""
+    error: UserError | None = None
+    try:
+        yield run.accelerator.is_main_process
+    except UserError as raised:
+        error = raised
+    failed = any(gather_object([error is not None]))
+    if error is not None:
+        raise error
+    if failed:
+        raise Elsewhere
+
+
 def save(run: Run) -> None:
-    if run.accelerator.is_main_process:
-        config, folder = run.config.model_dump(mode="json"), run.folder / "checkpoints"
-        with writing(f"the checkpoint of epoch {run.epoch}", run.folder):
-            checkpoint.save(folder, run.epoch, run.kept, config, run.config.checkpoint.keep)
+    with by_main(run) as main:
+        if main:
+            write_checkpoint(run)
+
+
+def write_checkpoint(run: Run) -> None:
+    config, folder = run.config.model_dump(mode="json"), run.folder / "checkpoints"
+    with writing(f"the checkpoint of epoch {run.epoch}", run.folder):
+        checkpoint.save(folder, run.epoch, run.kept, config, run.config.checkpoint.keep)
 
 
 def export(run: Run) -> None:

@@ -64,7 +64,7 @@ class Tracker:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.terminal = accelerator.is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=epochs, initial=first, desc=folder.name, unit="epoch", disable=not self.terminal)
+        self.bar = tqdm(total=epochs, initial=max(first, 0), desc=folder.name, unit="epoch", disable=not self.terminal)
         self.warned: set[str] = set()
         if accelerator.is_main_process:
             with writing("metrics.jsonl", folder):
@@ -93,7 +93,7 @@ class Tracker:
             return
         folder, name, run = self.folder, self.folder.resolve().name, self._identity(first)
         settings = {
-            "tensorboard": {"purge_step": first + 1},
+            "tensorboard": {"purge_step": max(first, 0) + 1},
             "wandb": {"name": name, "id": run, "resume": "allow", "dir": str(folder)},
             "trackio": {"name": f"{name}-{run}", "resume": "allow"},
             "swanlab": {"experiment_name": name, "id": run, "resume": "allow", "logdir": str(folder / "swanlab")},
@@ -111,7 +111,7 @@ class Tracker:
     def _identity(self, first: int) -> str:
         """By which a server knows this run again when it goes on; a run that starts over is another one."""
         path = self.folder / "run_id"
-        if first == 0 or not path.exists():
+        if first <= 0 or not path.exists():
             put(path, uuid.uuid4().hex[:8])
         return path.read_text("utf-8")
 

@@ -6,32 +6,34 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign import evaluation, rewards
-from diffalign.advantages._statistics import combined
 from diffalign.clock import Clock
 from diffalign.config import Config
 from diffalign.curriculums import k_repeat
 from diffalign.eval import report
+from diffalign.images import grid, save_png
 from diffalign.interrupt import Interrupt
+from diffalign.judging import advantages
 from diffalign.knobs import reworded
 from diffalign.overlap import Early
-from diffalign.rewards import Lesson, shaped
+from diffalign.rewards import Lesson
 from diffalign.rollout import collect, sample_seed
-from diffalign.run import Run, export, prepare, save
-from diffalign.types import RewardOutput, Rollout, UserError
+from diffalign.run import Run, by_main, export, prepare, save, write_checkpoint
+from diffalign.types import Rollout, Stopped, UserError
 from diffalign.update import update
 from diffalign.writing import writing
 
 EXAMPLES = 12  # training images sent to trackers at every evaluation
-INVALID = 0.2  # share of the images above which a reward that cannot score them stops the run
 GROUP = 2**31  # the image number whose seed is that of the noise a group shares
 SHOWN = {  # metric -> (its name in the progress line, format)
     "grad_norm": ("grad", ".2g"),
@@ -43,6 +45,10 @@ SHOWN = {  # metric -> (its name in the progress line, format)
 }
 
 
+class Cut(Exception):
+    """The run was asked to stop while it was sampling."""
+
+
 def train(config: Config, resume: str | None = None) -> Path:
     """Run to the last epoch and return the run folder. `resume` is 'auto' or a checkpoint folder.
 
@@ -52,8 +58,12 @@ def train(config: Config, resume: str | None = None) -> Path:
     """
     try:
         return _train(config, resume)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(reworded(error, config)) from error
+    except RuntimeError as error:  # as a CPU's allocator says it
+        if "DefaultCPUAllocator" in str(error):
+            raise UserError(reworded(error, config)) from error
+        raise
 
 
 def _train(config: Config, resume: str | None) -> Path:
@@ -62,45 +72,83 @@ def _train(config: Config, resume: str | None) -> Path:
         with Interrupt() as interrupt:
             evaluate_if_due(run)
             while run.epoch < config.trainer.epochs:
-                epoch(run)
-                stopping = any(gather_object([interrupt.asked]))
+                try:
+                    stopping = asked(interrupt) or not epoch(run, interrupt) or asked(interrupt)
+                except Stopped:
+                    if run.between and run.epoch:
+                        save(run)
+                    raise
                 last = run.epoch == config.trainer.epochs
-                if stopping or last or (config.checkpoint.every and run.epoch % config.checkpoint.every == 0):
+                if run.epoch and (stopping or last or due(config.checkpoint.every, run.epoch)):
                     save(run)
                 if stopping:
                     run.tracker.say(f"stopped after epoch {run.epoch}; continue with --resume auto")
                     raise KeyboardInterrupt
                 evaluate_if_due(run)
-            if run.accelerator.is_main_process:
-                with writing("the trained weights", run.folder):
-                    export(run)
-                with writing("the report", run.folder):
-                    run.tracker.say(report.summary(run.folder)["verdict"])
-                    run.tracker.say(f"report: {report.write(run.folder)}")
-            run.accelerator.wait_for_everyone()
+            with by_main(run) as main:
+                if main:
+                    with writing("the trained weights", run.folder):
+                        export(run)
+                    with writing("the report", run.folder):
+                        run.tracker.say(report.summary(run.folder)["verdict"])
+                        run.tracker.say(f"report: {report.write(run.folder)}")
     finally:
         run.tracker.close()
     return run.folder
 
 
-def epoch(run: Run) -> None:
-    """One rollout and its optimizer steps."""
+def asked(interrupt: Interrupt) -> bool:
+    """Whether any process was asked to stop."""
+    return any(gather_object([interrupt.asked]))
+
+
+def due(every: int, epoch: int) -> bool:
+    return bool(every) and epoch % every == 0
+
+
+def epoch(run: Run, interrupt: Interrupt) -> bool:
+    """One rollout and its optimizer steps; False if the run was asked to stop before the rollout was complete.
+
+    `accelerate launch` kills a run 30 seconds after it passed Ctrl-C on, so sampling is broken off.
+    """
     config, clock = run.config, Clock(run.pipeline.device)
     began = time.monotonic()
     with Early(run.scorers) as early:
-        rollout, first, total = sample(run, clock, early)
-        assert rollout.images is not None
+        try:
+            sampled = sample(run, clock, early, interrupt)
+        except Cut:
+            sampled = None
+        if any(gather_object([sampled is None])):
+            return False
+        assert sampled is not None
+        rollout, first, total = sampled
         values = turn(run, clock, rollout, first, total, early)
     run.epoch += 1
+    run.between = True
     seconds = time.monotonic() - began
     values |= {"images_per_second": total / seconds, "seconds": seconds, "memory_gib": peak_memory(run)}
     values |= {f"seconds/{phase}": s for phase, s in clock.seconds.items()}
-    run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
-    if config.evaluation.every and run.epoch % config.evaluation.every == 0:
-        run.tracker.show(run.epoch, "train/images", list(rollout.images[:EXAMPLES]))
+    with by_main(run):
+        run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
+    every = config.evaluation.every or config.checkpoint.every
+    if due(every, run.epoch) or run.epoch == config.trainer.epochs:
+        assert rollout.images is not None
+        show(run, list(rollout.images[:EXAMPLES]))
     shown = [f"{name} {values.get(f'reward/{name}', math.nan):.3f}" for name in run.scorers]
     shown += [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items() if key in values]
     run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {'  '.join(shown)}")
+    return True
+
+
+def show(run: Run, images: list[Tensor]) -> None:
+    """Some training images, for the trackers and in `images/train_NNNN.png`."""
+    run.tracker.show(run.epoch, "train/images", images)
+    with by_main(run) as main:
+        if main:
+            path = run.folder / "images" / f"train_{run.epoch:04d}.png"
+            with writing(f"the images of epoch {run.epoch}", run.folder):
+                path.parent.mkdir(exist_ok=True)
+                save_png(grid(torch.stack(images), 6), path)
 
 
 def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early: Early) -> dict[str, float]:
@@ -108,7 +156,7 @@ def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early
     config, images = run.config, rollout.images
     assert images is not None
     if not all(gather_object([bool(images.isfinite().all())])):
-        raise UserError(
+        raise Stopped(
             f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
             "with a lower trainer.lr"
         )
@@ -144,7 +192,7 @@ def peak_memory(run: Run) -> float:
     return kilobytes / 2**20
 
 
-def sample(run: Run, clock: Clock, early: Early) -> tuple[Rollout, int, int]:
+def sample(run: Run, clock: Clock, early: Early, interrupt: Interrupt) -> tuple[Rollout, int, int]:
     """This process's share of the epoch's images, the number of its first one, and how many there are in all."""
     t, c, algorithm = run.config.trainer, run.config, run.config.algorithm
     generator = torch.Generator().manual_seed(sample_seed(c.seed, run.epoch, len(run.train_prompts), t.prompts))
@@ -155,6 +203,12 @@ def sample(run: Run, clock: Clock, early: Early) -> tuple[Rollout, int, int]:
     share = torch.arange(len(pairs)).tensor_split(run.accelerator.num_processes)[run.accelerator.process_index].tolist()
     mine = [pairs[i] for i in share]
     shared = torch.tensor([sample_seed(c.seed, run.epoch, p, GROUP) for p, _ in mine])
+
+    def decoded(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        if interrupt.asked:
+            raise Cut
+        early.submit(images, prompts, metadata)
+
     with run.memory.acting():
         rollout = collect(
             run.pipeline,
@@ -167,69 +221,9 @@ def sample(run: Run, clock: Clock, early: Early) -> tuple[Rollout, int, int]:
             shared if c.sampling.shared_noise else None,
             algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
             clock,
-            early.submit,
+            decoded,
         )
     return rollout, share[0] if share else 0, len(pairs)
-
-
-def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> dict[str, float]:
-    """Set the advantages from the rewards of all processes; returns what to log of them."""
-    rollout.rewards = {name: outputs[name].scores for name in run.scorers}
-    logged = invalid(run, outputs)
-    method = run.config.advantage
-    by_name = {name: s.reward for name, s in run.scorers.items()}
-    mine = {"group": rollout.group.cpu(), **{name: r.cpu() for name, r in rollout.rewards.items()}}
-    mine[""] = rollout.x0.float().flatten(1).square().mean(1).sqrt().cpu()
-    parts: list[dict[str, Tensor]] = gather_object([mine])
-    every = {name: torch.cat([part[name] for part in parts]) for name in mine}
-    group, x0_norm = every.pop("group"), every.pop("")
-    if all(bool(r.isnan().all()) for r in every.values()):
-        raise UserError(
-            f"no reward applies to any of the {len(group)} images of epoch {run.epoch + 1}; check that the prompt set "
-            "carries the metadata they need"
-        )
-    shaped_rewards = {name: shaped(by_name[name], r) for name, r in every.items()}
-    weights = {name: reward.weight for name, reward in by_name.items()}
-    values = method(shaped_rewards, weights, group, run.states["advantage"])
-    run.config.curriculum.learn(group, values, combined(shaped_rewards, weights, group), run.states["curriculum"])
-    values = values.nan_to_num(0.0).clamp(-method.clip, method.clip)
-    first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
-    rollout.advantages = values[first : first + len(rollout)].float().to(rollout.x0.device)
-    _, row = group.unique(return_inverse=True)
-    largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
-    logged |= {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
-    spread = {}
-    for name, r in every.items():
-        valid = r[~r.isnan()].double()
-        if len(valid):
-            spread[name] = float(valid.std(correction=0))
-            logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": spread[name]}
-        if len(valid) < len(r):
-            logged[f"applies/{name}"] = len(valid) / len(r)
-    run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
-    return logged
-
-
-def invalid(run: Run, outputs: dict[str, RewardOutput]) -> dict[str, float]:
-    """Share of the images that a reward could not score, of those it applies to; above the limit the run stops."""
-    mine = {}
-    for name, output in outputs.items():
-        assert output.valid is not None
-        reasons = [e for e in output.extra.get("error", []) if e is not None]
-        mine[name] = (int((~output.valid).sum()), int((~output.scores.isnan()).sum()), reasons[:1])
-    logged = {}
-    every = gather_object([mine])
-    for name in run.scorers:
-        failed, scored = (sum(part[name][k] for part in every) for k in (0, 1))
-        reasons = [reason for part in every for reason in part[name][2]]
-        if failed:
-            logged[f"invalid/{name}"] = failed / (failed + scored)
-        if failed > INVALID * (failed + scored):
-            raise UserError(
-                f"reward '{name}' could not score {failed} of the {failed + scored} images of epoch {run.epoch + 1}, "
-                f"more than {INVALID:.0%}: {reasons[0] if reasons else 'it gave no reason'}; the last checkpoint stays"
-            )
-    return logged
 
 
 def evaluate_if_due(run: Run) -> None:
@@ -245,10 +239,12 @@ def evaluate_if_due(run: Run) -> None:
             c.seed, c.trainer.micro_batch, run.accelerator,
         )  # fmt: skip
     values = evaluation.means(samples)
-    run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
+    with by_main(run) as main:
+        run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
+        if main:
+            with writing(f"the evaluation of epoch {run.epoch}", run.folder, rescue=lambda: write_checkpoint(run)):
+                evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
     if run.accelerator.is_main_process:
-        with writing(f"the evaluation of epoch {run.epoch}", run.folder, rescue=lambda: save(run)):
-            evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)
         run.tracker.show(run.epoch, "eval/images", images)
     shown = "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in values.items())
     run.tracker.say(f"held-out, epoch {run.epoch}: {shown or 'no reward applies to these prompts'}")

@@ -17,6 +17,14 @@ class UserError(Exception):
     """A mistake the user can mend. Its message, one sentence, says how; the command line prints it, exit code 2."""
 
 
+class Stopped(UserError):
+    """Why every process ends the run between two optimizer steps; what was finished before is saved."""
+
+
+class Elsewhere(UserError):
+    """The main process failed and says why; this one leaves without a word."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One transition x_i -> x_{i+1} of a batch; see :func:`diffalign.samplers.step`."""

@@ -107,6 +107,7 @@ def step(run: Run) -> float:
     reduce_gradients(run)
     norm = float(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.trainer.max_grad_norm))
     run.watch.gradient(run.epoch + 1, norm)
+    run.between = False
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.memory.after_step()

@@ -18,6 +18,10 @@ def redness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
+def flat(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    return torch.ones(len(images))
+
+
 def broken(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     return torch.full((len(images),), float("nan"))
 

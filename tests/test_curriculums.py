@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.advantages.group import Group
 from diffalign.curriculums import Curriculum, k_repeat
 from diffalign.curriculums.uniform import Uniform
 from diffalign.curriculums.variance import Variance
@@ -157,3 +158,12 @@ def test_k_repeat_gives_every_image_once(count: int, k: int, processes: int) -> 
     assert count == 1 or not torch.equal(images, order(4))
     blocks = images.reshape(count, k)
     assert count == 1 or (blocks != blocks[:, :1]).any(), "the copies of a prompt are spread"
+
+
+def test_a_curriculum_judges_prompts_by_the_reward_that_is_trained_on() -> None:
+    """With `combine: min` the first prompt teaches nothing, however much one of its rewards varies."""
+    rewards = {"a": torch.tensor([0.0, 0, 0.4, 0.6]), "b": torch.tensor([0.0, 9, 5, 5])}
+    weights, group = {"a": 1.0, "b": 1.0}, torch.tensor([0, 0, 1, 1])
+    method, state = Group(name="group", combine="min"), VARIANCE.start(2)
+    VARIANCE.learn(group, torch.zeros(4), method.overall(rewards, weights, group), state)
+    assert [VARIANCE.draw(2, 1, seeded(s), state).item() for s in range(50)].count(1) > 25

@@ -246,6 +246,8 @@ def test_checkpoints_are_never_taken_for_a_fresh_folder(run: Path, model: Path) 
         ("seed=1", "seed"),
         ("prompts.train=shapes-test", "prompts"),
         ("evaluation.steps=2", "evaluation.steps"),
+        ("sampling.guidance=3", "evaluation.guidance"),
+        ("sampling.width=48", "sampling.width"),
     ],
 )
 def test_resume_with_another_is_refused(run: Path, model: Path, whole: Path, override: str, key: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from diffalign import loading, pipelines, trainer
+from diffalign import evaluation, loading, pipelines, trainer
 from diffalign.ema import EMA
+from diffalign.pipelines.sd3 import SD3
 from diffalign.rollout import collect
 from diffalign.sections import Sampling
 from diffalign.types import UserError
@@ -141,6 +144,67 @@ def test_ctrl_c_at_any_moment_loses_no_finished_epoch(run: Any, monkeypatch: pyt
     assert_same(weights(whole, 3), weights(stopped, 3), 0.0)
     assert [line["epoch"] for line in metrics(stopped, "train")] == [1, 2, 3]
     assert [line["epoch"] for line in metrics(stopped, "eval")] == [0, 2, 3]
+
+
+def interrupting(real: Any, calls: int) -> Any:
+    """The function, which sends this process Ctrl-C in one of its calls."""
+    count = itertools.count(1)
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        if next(count) == calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **named)
+
+    return called
+
+
+def test_ctrl_c_breaks_sampling_off_and_loses_no_finished_epoch(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run("whole", "trainer.epochs=2", "evaluation.every=0", "trainer.micro_batch=2")
+    settings = ("trainer.epochs=2", "evaluation.every=0", "checkpoint.every=0", "trainer.micro_batch=2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SD3, "decode", interrupting(SD3.decode, 5))  # three micro-batches an epoch
+        run("stopped", *settings)
+    assert [p.name for p in (run.folder / "stopped" / "checkpoints").iterdir()] == ["0001"]
+    assert_same(weights(whole), weights(run("stopped", *settings, resume="auto")), 0.0)
+
+
+def test_ctrl_c_in_an_evaluation_does_not_wait_for_another_epoch(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "evaluate", interrupting(evaluation.evaluate, 2))
+        run("stopped", "trainer.epochs=3", "evaluation.every=1", "checkpoint.every=0")
+    assert [p.name for p in (run.folder / "stopped" / "checkpoints").iterdir()] == ["0001"]
+    assert len(metrics(run.folder / "stopped", "train")) == 1
+
+
+def test_a_run_that_is_stopped_by_the_guard_can_go_on(run: Any) -> None:
+    flat = ("rewards=[reward_functions.flat]", "checkpoint.every=0", "evaluation.every=0", "trainer.epochs=4")
+    with pytest.raises(UserError, match="every image got the same reward"):
+        run("flat", *flat, "guard.flat_epochs=3")
+    assert [p.name for p in (run.folder / "flat" / "checkpoints").iterdir()] == ["0002"]
+    assert len(metrics(run("flat", *flat, "guard.flat_epochs=0", resume="auto"), "train")) == 4
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: Any) -> None:
+    one, two = run("one", "trainer.epochs=1"), run("two", "trainer.epochs=2")
+    with pytest.raises(UserError, match=r"'.*two' holds another run than '.*0001'; choose a new output, or"):
+        run("two", "trainer.epochs=3", resume=str(one / "checkpoints" / "0001"))
+    assert [p.name for p in sorted((two / "checkpoints").iterdir())] == ["0001", "0002"]
+    assert len(metrics(two, "train")) == 2
+
+
+def test_a_run_without_a_checkpoint_is_evaluated_again(run: Any) -> None:
+    run("run", "trainer.epochs=1")
+    shutil.rmtree(run.folder / "run" / "checkpoints")
+    changed = ("trainer.epochs=1", "evaluation.steps=2")
+    again, fresh = run("run", *changed, resume="auto"), run("fresh", *changed)
+    assert [e["reward/redness"] for e in metrics(again, "eval")] == [
+        e["reward/redness"] for e in metrics(fresh, "eval")
+    ]
+
+
+def test_training_images_are_written_without_evaluations_too(run: Any) -> None:
+    folder = run("run", "trainer.epochs=3", "evaluation.every=0", "checkpoint.every=2")
+    assert sorted(p.name for p in (folder / "images").iterdir()) == ["train_0002.png", "train_0003.png"]
 
 
 def test_resume_takes_the_learning_rate_of_the_configuration(run: Any) -> None:

@@ -41,6 +41,12 @@ class Advantage(Method):
         NaN where no reward applies: such an image trains nothing.
         """
 
+    def overall(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor) -> Tensor:
+        """One reward for each image, [B] float64, by which a curriculum judges prompts: the weighted sum."""
+        from diffalign.advantages import _statistics as statistics
+
+        return statistics.combined(rewards, weights, group)
+
 
 class Scalar(Advantage):
     """Base of the estimators that make one reward out of several before anything else."""
@@ -51,9 +57,12 @@ class Scalar(Advantage):
     def __call__(
         self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, state: dict[str, Tensor]
     ) -> Tensor:
+        return self.estimate(self.overall(rewards, weights, group), group, state)
+
+    def overall(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor) -> Tensor:
         from diffalign.advantages import _statistics as statistics
 
-        return self.estimate(statistics.combined(rewards, weights, group, self.combine), group, state)
+        return statistics.combined(rewards, weights, group, self.combine)
 
     @abstractmethod
     def estimate(self, reward: Tensor, group: Tensor, state: dict[str, Tensor]) -> Tensor:

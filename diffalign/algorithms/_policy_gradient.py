@@ -20,8 +20,8 @@ class KL(BaseModel):
     weight: float = Field(0.0, ge=0)
     """Weight of the penalty; 0 skips the reference forward."""
     norm: Literal["code", "exact", "velocity"] = "code"
-    """code: as Flow-GRPO's program, the exact KL times the step length; exact: the Gaussian KL of the step; velocity:
-    the squared velocity difference."""
+    """exact: the Gaussian KL of the step; code: as Flow-GRPO's program, with flow_sde and dance the exact one times the
+    step length, else alike; velocity: the squared velocity difference."""
 
 
 def policy_loss(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

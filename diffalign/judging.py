@@ -1,0 +1,73 @@
+"""From the scores of an epoch's images to their advantages."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from diffalign.rewards import shaped
+from diffalign.run import Run
+from diffalign.types import RewardOutput, Rollout, Stopped
+
+INVALID = 0.2  # share of the images above which a reward that cannot score them stops the run
+
+
+def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> dict[str, float]:
+    """Set the advantages from the rewards of all processes; returns what to log of them."""
+    rollout.rewards = {name: outputs[name].scores for name in run.scorers}
+    logged = invalid(run, outputs)
+    method = run.config.advantage
+    by_name = {name: s.reward for name, s in run.scorers.items()}
+    mine = {"group": rollout.group.cpu(), **{name: r.cpu() for name, r in rollout.rewards.items()}}
+    mine[""] = rollout.x0.float().flatten(1).square().mean(1).sqrt().cpu()
+    parts: list[dict[str, Tensor]] = gather_object([mine])
+    every = {name: torch.cat([part[name] for part in parts]) for name in mine}
+    group, x0_norm = every.pop("group"), every.pop("")
+    if all(bool(r.isnan().all()) for r in every.values()):
+        raise Stopped(
+            f"no reward applies to any of the {len(group)} images of epoch {run.epoch + 1}; check that the prompt set "
+            "carries the metadata they need"
+        )
+    shaped_rewards = {name: shaped(by_name[name], r) for name, r in every.items()}
+    weights = {name: reward.weight for name, reward in by_name.items()}
+    values = method(shaped_rewards, weights, group, run.states["advantage"])
+    run.config.curriculum.learn(group, values, method.overall(shaped_rewards, weights, group), run.states["curriculum"])
+    values = values.nan_to_num(0.0).clamp(-method.clip, method.clip)
+    first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
+    rollout.advantages = values[first : first + len(rollout)].float().to(rollout.x0.device)
+    _, row = group.unique(return_inverse=True)
+    largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
+    logged |= {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
+    spread = {}
+    for name, r in every.items():
+        valid = r[~r.isnan()].double()
+        if len(valid):
+            spread[name] = float(valid.std(correction=0))
+            logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": spread[name]}
+        if len(valid) < len(r):
+            logged[f"applies/{name}"] = len(valid) / len(r)
+    run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
+    return logged
+
+
+def invalid(run: Run, outputs: dict[str, RewardOutput]) -> dict[str, float]:
+    """Share of the images that a reward could not score, of those it applies to; above the limit the run stops."""
+    mine = {}
+    for name, output in outputs.items():
+        assert output.valid is not None
+        reasons = [e for e in output.extra.get("error", []) if e is not None]
+        mine[name] = (int((~output.valid).sum()), int((~output.scores.isnan()).sum()), reasons[:1])
+    logged = {}
+    every = gather_object([mine])
+    for name in run.scorers:
+        failed, scored = (sum(part[name][k] for part in every) for k in (0, 1))
+        reasons = [reason for part in every for reason in part[name][2]]
+        if failed:
+            logged[f"invalid/{name}"] = failed / (failed + scored)
+        if failed > INVALID * (failed + scored):
+            raise Stopped(
+                f"reward '{name}' could not score {failed} of the {failed + scored} images of epoch {run.epoch + 1}, "
+                f"more than {INVALID:.0%}: {reasons[0] if reasons else 'it gave no reason'}; the last checkpoint stays"
+            )
+    return logged
