@@ -30,14 +30,20 @@ class Reward(Method):
     shape: Shape | None = None
     """Bend the scores before they are trained on, against reward hacking; logs and evaluation keep the raw ones."""
 
-    differentiable: ClassVar[bool] = False
-    """The scores carry gradients to the images."""
     needs_prompt: ClassVar[bool] = True
     """The scores depend on the prompt or its metadata."""
-    remote: ClassVar[bool] = False
-    """The scores come from another process or machine: waiting for them overlaps with sampling, in a thread."""
     learns: ClassVar[bool] = False
     """`setup` returns a `Learner`, which the trainer shows every epoch's images before they are scored."""
+
+    @property
+    def differentiable(self) -> bool:
+        """The scores carry gradients to the images; a head that always gives them sets a ClassVar[bool] instead."""
+        return False
+
+    @property
+    def remote(self) -> bool:
+        """The scores come from another process or machine: waiting for them overlaps with sampling, in a thread."""
+        return False
 
     @property
     def key(self) -> str:

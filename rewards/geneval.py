@@ -1,17 +1,26 @@
-"""GenEval's verifiable score (arXiv 2310.11513) of the embedded shapes world, read by its exact detector."""
+"""GenEval's verifiable score (arXiv 2310.11513): of the shapes world by its exact detector, or of photographs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from diffalign.eval import geneval_logic
-from diffalign.rewards import Reward
+from diffalign.rewards import Head, Reward
+from diffalign.rewards._loading import Checkpoint
+from diffalign.rewards._mask2former import CLIP, DETECTOR, Mask2Former, load
+from diffalign.rewards._shapes import Shapes, observe
 from diffalign.types import RewardOutput, UserError
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
     from torch import Tensor
+
+__all__ = ["Geneval", "observe"]
+RELATIONS = ("left of", "right of", "above", "below")
 
 
 class Geneval(Reward):
@@ -26,64 +35,84 @@ class Geneval(Reward):
     """
 
     mode: Literal["correct", "strict", "dense", "flow_grpo"] = "strict"
-    """Which of the scores: strict to measure, dense to train."""
-    detector: Literal["shapes"] = "shapes"
-    """What finds the objects."""
+    """Which of the scores: strict to measure shapes, correct to measure photographs, dense to train."""
+    detector: Literal["shapes", "mask2former"] = "shapes"
+    """What finds the objects: the exact detector of the shapes world, or a Mask2Former and a CLIP for the 80 classes of
+    COCO in photographs, whose scores are GenEval-compatible, not GenEval's own."""
+    model: str = DETECTOR
+    """The Mask2Former: a folder or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    clip: str = CLIP
+    """The CLIP that tells colours: an embedded name, a folder or a hub id."""
+    clip_revision: str | None = None
+    """Likewise of the CLIP."""
+    local_files_only: bool = False
+    """Never reach for the network; use what is in the cache."""
 
     needs_prompt: ClassVar[bool] = True
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+    @model_validator(mode="after")
+    def _apply(self) -> Geneval:
+        of_mask2former = ("model", "revision", "clip", "clip_revision", "local_files_only")
+        own = type(self).model_fields
+        idle = [key for key, value in self if key in of_mask2former and value != own[key].default]
+        if self.detector == "shapes" and idle:
+            raise ValueError(f"{idle[0]} does not apply to the detector of shapes; leave it out, or use mask2former")
+        return self
+
+    def checkpoints(self) -> list[Checkpoint]:
+        own = [Checkpoint(self.model, self.revision), Checkpoint(self.clip, self.clip_revision)]
+        return [] if self.detector == "shapes" else own
+
+    def setup(self, device: torch.device | str) -> Head:
+        if self.detector == "shapes":
+            return partial(self.judge, Shapes())
+        model, clip = self.checkpoints()
+        return partial(self.judge, load(model, clip, device, self.local_files_only))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Any:
+        return self.setup(images.device)(images, prompts, metadata)
+
+    def judge(
+        self,
+        detector: Shapes | Mask2Former,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> RewardOutput:
         import torch
 
-        from diffalign.shapes.world import SIZE
-
-        if images.shape[2:] != (SIZE, SIZE):
-            raise UserError(
-                f"the shapes detector reads {SIZE}x{SIZE} images, got {images.shape[3]}x{images.shape[2]}; set "
-                f"sampling.height and sampling.width to {SIZE}"
-            )
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1)
         decide = {
             "correct": geneval_logic.geneval_correct,
             "strict": geneval_logic.geneval_strict,
             "dense": geneval_logic.geneval_dense,
             "flow_grpo": geneval_logic.geneval_flow_grpo,
         }[self.mode]
+        rows = [i for i, wanted in enumerate(metadata) if wanted.get("include") or wanted.get("exclude")]
+        asked = [metadata[i] for i in rows]
+        for i, wanted in zip(rows, asked, strict=True):
+            _check(wanted, prompts[i], detector)
         scores = torch.full((len(images),), float("nan"))
-        for i, (image, wanted) in enumerate(zip(pixels.numpy(), metadata, strict=True)):
-            if wanted.get("include") or wanted.get("exclude"):
-                _check(wanted, prompts[i])
-                scores[i] = float(decide(*observe(image), wanted))
+        found = detector.find(images[rows], asked) if rows else []
+        for i, wanted, seen in zip(rows, asked, found, strict=True):
+            scores[i] = float(decide(*seen, wanted))
         return RewardOutput(scores)
 
 
-def observe(image: np.ndarray) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, list[str]]]:
-    """image uint8 [H, W, 3] -> (objects, colors) in GenEval's form; malformed or two-coloured ones have class ""."""
-    from diffalign.shapes.detector import detect
-
-    objects: dict[str, list[tuple[float, ...]]] = {}
-    colors: dict[str, list[str]] = {}
-    for found in sorted(detect(image), key=lambda d: -d.score):
-        name = found.shape if found.color else ""
-        objects.setdefault(name, []).append((*found.box, found.score))
-        colors.setdefault(name, []).append(found.color)
-    return objects, colors
-
-
-def _check(metadata: Mapping[str, Any], prompt: str) -> None:
+def _check(metadata: Mapping[str, Any], prompt: str, detector: Shapes | Mask2Former) -> None:
     """A clause that no picture can satisfy is a mistake in the prompt set, not a score of 0."""
-    from diffalign.shapes.world import COLORS, RELATIONS, SHAPES
-
+    where = f"the GenEval metadata of the prompt {prompt!r}"
+    knows = f"the {type(detector).__name__.lower()} detector knows"
     for k, clause in enumerate([*metadata.get("include", []), *metadata.get("exclude", [])]):
-        where = f"the GenEval metadata of the prompt {prompt!r}"
         if not isinstance(clause, dict):
             raise UserError(f"{where} holds {clause!r} where a clause such as {{class: circle, count: 1}} is expected")
-        if clause.get("class") not in SHAPES:
-            raise UserError(f"{where} asks for {clause.get('class')!r}; the shapes detector knows {', '.join(SHAPES)}")
+        if clause.get("class") not in detector.names:
+            raise UserError(f"{where} asks for {clause.get('class')!r}; {knows} {', '.join(detector.names)}")
         if not isinstance(clause.get("count"), int) or clause["count"] < 1:
             raise UserError(f"{where} needs a whole 'count' of at least 1, got {clause.get('count')!r}")
-        if "color" in clause and clause["color"] not in COLORS:
-            raise UserError(f"{where} asks for {clause['color']!r}; the shapes detector knows {', '.join(COLORS)}")
+        if "color" in clause and clause["color"] not in detector.colors:
+            raise UserError(f"{where} asks for {clause['color']!r}; {knows} {', '.join(detector.colors)}")
         if "position" in clause:
             relation, target = (*clause["position"], None, None)[:2] if isinstance(clause["position"], list) else (0, 0)
             if relation not in RELATIONS or not isinstance(target, int) or not 0 <= target < k:

@@ -1,0 +1,50 @@
+"""Score images on the disk with any rewards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffalign import image_lists, reward_entries
+from diffalign.commands import _common
+from diffalign.types import UserError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reward", action="append", required=True, metavar="NAME[:OPTION=VALUE,...]", help=reward_entries.HELP
+    )
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="DIR|FILE",
+        help="folder that generate wrote, folder of images, or .json or .jsonl list of image, prompt",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="prompts of a plain folder, one for each image in the order of the names; or metadata of listed prompts",
+    )
+    parser.add_argument("--output", metavar="FILE", help="JSONL with a line for each image")
+    parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU when there is one")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default 16)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.batch < 1:
+        raise UserError(f"score: --batch must be at least 1, got {args.batch}")
+    wanted = reward_entries.parse_fixed(args.reward)
+    images = image_lists.find(args.images, args.prompts)
+    asking = [r.key for r in wanted if r.needs_prompt]
+    bare = [i.name for i in images if not i.metadata.get("prompt", "").strip()]
+    if asking and bare:
+        raise UserError(f"'{asking[0]}' needs prompts, and the image {bare[0]!r} has none; add --prompts FILE")
+    _common.quiet()
+    from diffalign import rewards, scoring
+    from diffalign.devices import choose
+
+    results = scoring.score(images, rewards.build(wanted, choose(args.device)), args.batch)
+    print(scoring.table(results))
+    if args.output is not None:
+        scoring.write(results, Path(args.output))
+        print(f"{len(results)} images in {args.output}")

@@ -1,0 +1,262 @@
+"""A vision-language model behind an OpenAI-compatible server, vLLM's or SGLang's: requests, and what they answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from diffalign.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AGAIN = (408, 425, 429, 500, 502, 503, 504)  # HTTP states that may pass
+LARGEST = 2**26  # bytes of an answer
+TOP = 20  # most that OpenAI's interface gives
+
+
+class Server(BaseModel):
+    """Where a model is served, and how it is asked. A string is short for {url: string}."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    url: str
+    """Such as http://localhost:8000."""
+    api: Literal["vllm", "sglang"] = "vllm"
+    """Whose way to give log-probabilities of a prompt: both servers answer questions alike, but not this."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for an answer."""
+    retries: int = Field(3, ge=0)
+    """How often a request that failed is sent again."""
+    backoff: float = Field(1.0, ge=0)
+    """Seconds before the first repetition; each further one waits twice as long."""
+    concurrency: int = Field(8, ge=1)
+    """Requests under way at once."""
+    key_env: str | None = None
+    """Environment variable that holds the server's API key."""
+
+    @field_validator("url")
+    @classmethod
+    def _root(cls, url: str) -> str:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"'{url}' is no address of a server; write it as http://localhost:8000")
+        return url.rstrip("/").removesuffix("/v1")
+
+
+class Failed(Exception):
+    """No usable answer, after all repetitions; one sentence."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A server that has answered, and the model to ask there."""
+
+    server: Server
+    model: str
+    pool: ThreadPoolExecutor
+
+    def answer(self, images: Sequence[Tensor], text: str) -> dict[str, float]:
+        """Log-probabilities of the likeliest next tokens, at most 20, by their spelling. Raises Failed."""
+        body = {
+            "model": self.model,
+            "messages": [_user(images, text)],
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": TOP,
+        }
+        given = self._post("/v1/chat/completions", body)
+        with _reading("top_logprobs", self.server):
+            found = given["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            top: dict[str, float] = {}
+            for entry in found:  # two tokens can have one spelling
+                top[entry["token"]] = _add(top.get(entry["token"], -math.inf), _number(entry["logprob"]))
+        return top
+
+    def echo(self, images: Sequence[Tensor], text: str, label: str, end: bool) -> tuple[list[str], list[float]]:
+        """The tokens of `label`, said in answer to `text`, and log p of each; `end` adds the one that ends the turn.
+
+        Raises Failed, also when the server splits the label in another way within the chat than alone.
+        """
+        return (self._echo_sglang if self.server.api == "sglang" else self._echo_vllm)(images, text, label, end)
+
+    def _echo_vllm(self, images: Sequence[Tensor], text: str, label: str, end: bool) -> tuple[list[str], list[float]]:
+        plain = {"model": self.model, "prompt": label, "add_special_tokens": False}
+        split = self._post("/tokenize", plain)
+        with _reading("tokens", self.server):
+            ids = [str(int(i)) for i in split["tokens"]]
+        body = {
+            "model": self.model,
+            "messages": [_user(images, text), {"role": "assistant", "content": label}],
+            "add_generation_prompt": False,
+            "continue_final_message": not end,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 1,  # the token itself, always the first, and the likeliest
+        }
+        given = self._post("/v1/chat/completions", body)
+        with _reading("prompt_logprobs", self.server):
+            tokens: list[Mapping[str, Any]] = [entry or {} for entry in given["prompt_logprobs"]]
+            at = _find([next(iter(t), "") for t in tokens], ids, end)
+            said = [next(iter(t.values())) for t in tokens[at : at + len(ids) + end]]
+            return [str(t["decoded_token"]) for t in said], [_number(t["logprob"]) for t in said]
+
+    def _echo_sglang(self, images: Sequence[Tensor], text: str, label: str, end: bool) -> tuple[list[str], list[float]]:
+        pads = "<|vision_start|><|image_pad|><|vision_end|>" * len(images)
+        chat = f"<|im_start|>user\n{pads}{text}<|im_end|>\n<|im_start|>assistant\n{label}"
+        body = {
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        alone = self._post("/generate", body | {"text": label, "return_text_in_logprobs": True})
+        closed = "<|im_end|>" if end else ""
+        # image tokens have ids that are in no vocabulary, hence no texts here
+        whole = body | {
+            "text": chat + closed,
+            "image_data": [_url(i) for i in images],
+            "return_text_in_logprobs": False,
+        }
+        given = self._post("/generate", whole)
+        with _reading("input_token_logprobs", self.server):
+            split = [(str(int(i)), str(t)) for _, i, t in alone["meta_info"]["input_token_logprobs"]]
+            entries = given["meta_info"]["input_token_logprobs"]
+            ids = [i for i, _ in split]
+            at = _find([str(int(e[1])) for e in entries], ids, end)
+            names = [t for _, t in split] + [closed] * end
+            return names, [_number(e[0]) for e in entries[at : at + len(names)]]
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        return request(self.server, path, json.dumps(body).encode())
+
+
+def connect(server: Server, model: str | None) -> Client:
+    """Ask the server for its models. Raises UserError when it does not answer or has no such model."""
+    try:
+        given = request(server, "/v1/models")
+        with _reading("data", server):
+            names = [str(entry["id"]) for entry in given["data"]]
+    except Failed as error:
+        raise UserError(f"{error}; start the server, or mend server.url") from error
+    if not names or (model is not None and model not in names):
+        raise UserError(
+            f"{server.url} serves {', '.join(names) or 'no model'}, not '{model}'; set `model` to one of them"
+        )
+    return Client(server, model or names[0], ThreadPoolExecutor(server.concurrency))
+
+
+def request(server: Server, path: str, body: bytes | None = None) -> Any:
+    """The JSON that the server answers with. Raises Failed."""
+    headers = {"Content-Type": "application/json"} | _key(server)
+    asked = urllib.request.Request(server.url + path, body, headers)
+    host = urllib.parse.urlsplit(server.url).hostname
+    # a proxy cannot reach this machine's own addresses
+    own = host in ("localhost", "::1") or str(host).startswith("127.")
+    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if own else [])
+    for attempt in range(server.retries + 1):
+        if attempt:
+            time.sleep(server.backoff * 2 ** (attempt - 1))
+        try:
+            with opener.open(asked, timeout=server.timeout) as response:
+                text = response.read(LARGEST + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = f"answered HTTP {error.code}{_excerpt(error)}"
+            if error.code not in AGAIN:
+                break
+        except (OSError, HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            late = isinstance(reason, TimeoutError)
+            said = f"did not answer within {server.timeout:g} s" if late else f"cannot be asked ({reason})"
+        else:
+            try:
+                if len(text) <= LARGEST:
+                    return json.loads(text)
+                said = f"answered with more than {LARGEST >> 20} MB"
+            except ValueError:
+                said = "answered with something that is not JSON"
+            break
+    raise Failed(f"{server.url}{path} {said}, asked {attempt + 1} time{'s' * bool(attempt)}")
+
+
+@contextmanager
+def _reading(what: str, server: Server) -> Iterator[None]:
+    """Whatever the answer lacks becomes Failed."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        why = str(error) if isinstance(error, _Odd) else "is not there or has another form"
+        raise Failed(f"{server.url}: {what} in the answer {why}; check server.api") from error
+
+
+class _Odd(ValueError):
+    """Something of the answer that its form does not tell."""
+
+
+def _key(server: Server) -> dict[str, str]:
+    if server.key_env is None:
+        return {}
+    if server.key_env not in os.environ:
+        raise UserError(f"environment variable {server.key_env} is not set; put the key of {server.url} there")
+    return {"Authorization": f"Bearer {os.environ[server.key_env]}"}
+
+
+def _user(images: Sequence[Tensor], text: str) -> dict[str, Any]:
+    pictures: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _url(i)}} for i in images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def _url(image: Tensor) -> str:
+    """[3, H, W] in [0, 1] as a PNG in a data URL."""
+    import torch
+    from PIL import Image
+
+    pixels = (image.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _find(ids: Sequence[str], label: Sequence[str], end: bool) -> int:
+    """Where the label begins: it is the last of all, or with `end` the last that something follows."""
+    n = len(label)
+    last = len(ids) - n - end
+    for at in range(last, max(last - 4, -1) if end else last - 1, -1):  # few tokens come after a turn's end
+        if n and at >= 0 and list(ids[at : at + n]) == list(label):
+            return at
+    raise _Odd("does not end with the tokens of the prompt")
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if math.isnan(number):
+        raise _Odd("is not a number")
+    return number
+
+
+def _add(a: float, b: float) -> float:
+    """log(exp a + exp b)"""
+    high = max(a, b)
+    return high if high == -math.inf else high + math.log(math.exp(a - high) + math.exp(b - high))
+
+
+def _excerpt(error: urllib.error.HTTPError) -> str:
+    """The beginning of what the server says is wrong, on one line."""
+    text = " ".join(error.read(400).decode("utf-8", "replace").split())
+    return f": {text[:200]}" if text else ""

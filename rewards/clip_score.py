@@ -1,0 +1,76 @@
+"""CLIPScore (arXiv 2104.08718): how well a picture fits its prompt, in each of the definitions that go by this name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from diffalign.rewards import Head, Reward
+from diffalign.rewards._loading import TEXT, Checkpoint, Dtype
+from diffalign.rewards._preprocess import Crop, cropped
+from diffalign.types import RewardOutput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Variant = Literal["cos", "logits", "paper", "torchmetrics"]
+
+
+class ClipScore(Reward):
+    """Four scores that share a name and cannot be compared with each other, of c = cos(image, prompt):
+
+        cos            c                            Flow-Factory
+        logits         exp(logit_scale) c / 100     DiffusionNFT, logits_per_image / 100
+        paper          2.5 max(c, 0)                arXiv 2104.08718
+        torchmetrics   100 max(c, 0)                torchmetrics
+
+    Typical c: 0.15 to 0.35. Extra `cos` is c. `model: tiny-clip` runs on a CPU.
+    """
+
+    variant: Variant = "cos"
+    """Which definition."""
+    model: str = "openai/clip-vit-large-patch14"
+    """The CLIP: an embedded name (tiny-clip), a folder or a hub id. This one takes 1.7 GB; the paper's is ViT-B/32."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    processor: str | None = None
+    """Where the tokenizer comes from; by default the model."""
+    local_files_only: bool = False
+    """Never reach for the network; use what is in the cache."""
+    dtype: Dtype = "fp32"
+    """Precision of the encoder; norms and dot products are fp32."""
+    crop: Crop = "hf"
+    """Which pixel the middle begins at where two are as good: as transformers or as torchvision decides."""
+    pixels: Literal["bicubic", "bilinear"] = "bicubic"
+    """bicubic on 8 bits, as CLIP was trained, or bilinear without rounding, as DiffusionNFT's scorer."""
+
+    differentiable: ClassVar[bool] = True
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The model, then where its tokenizer comes from."""
+        own = Checkpoint(self.model, self.revision)
+        return [own, Checkpoint(self.processor, None, TEXT) if self.processor else own]
+
+    def setup(self, device: torch.device | str) -> Head:
+        from diffalign.rewards import _clip
+
+        view = partial(cropped, crop=self.crop, method=self.pixels, quantize=self.pixels == "bicubic")
+        model, processor = self.checkpoints()
+        clip = _clip.load(model, processor, view, self.dtype, device, self.local_files_only)
+
+        def head(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+            cos = clip.cosine(images, prompts)
+            return RewardOutput(defined(cos, self.variant, clip.scale), {"cos": cos.detach()})
+
+        return head
+
+
+def defined(cos: Tensor, variant: Variant, scale: float) -> Tensor:
+    """The score of that definition; scale = exp(logit_scale)."""
+    if variant == "logits":
+        return scale * cos / 100
+    if variant == "paper":
+        return 2.5 * cos.clamp(min=0)
+    return 100 * cos.clamp(min=0) if variant == "torchmetrics" else cos

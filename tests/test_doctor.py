@@ -1,0 +1,63 @@
+"""`diffalign doctor rewards`: which checkpoints are here, and do heads score as they did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign.cli import main
+from diffalign.commands.doctor import apart, picture
+
+
+def test_says_what_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["doctor", "rewards"]) == 0
+    said = capsys.readouterr().out
+    official = "pickscore: yuvalkirstain/PickScore_v1: not here; `hf download yuvalkirstain/PickScore_v1` fetches it"
+    assert official in said.splitlines()
+    assert "hpsv2: xswu/HPSv2: not here; `hf download xswu/HPSv2 HPS_v2.1_compressed.pt` fetches it" in said
+    assert main(["doctor", "rewards", "--reward", "pickscore:model=tiny-clip,jpeg"]) == 0
+    here, other = capsys.readouterr().out.splitlines()
+    assert here.startswith("pickscore: tiny-clip: in ") and Path(here.partition(": in ")[2], "config.json").is_file()
+    assert other == "jpeg: loads no checkpoint"
+
+
+def test_compares_with_the_first_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    reference = tmp_path / "more" / "scores.json"
+    asked = ["doctor", "rewards", "--compare-official", "--reference", str(reference), "--device", "cpu"]
+    asked += ["--reward", "pickscore:model=tiny-clip"]
+    assert main(asked) == 0
+    assert "pickscore: recorded " in capsys.readouterr().out
+    recorded = json.loads(reference.read_text())
+    (entry,) = recorded.values()
+    assert len(entry["scores"]) == 4 and set(entry["versions"]) == {"torch", "transformers"}
+    assert main(asked) == 0
+    assert "pickscore: as recorded, " in capsys.readouterr().out
+
+    entry["scores"][2] += 0.5
+    reference.write_text(json.dumps(recorded))
+    assert main(asked) == 2
+    captured = capsys.readouterr()
+    assert "differs from" in captured.out
+    assert captured.err.startswith("pickscore score otherwise than recorded in ")
+
+    assert main([*asked[:-1], "pickscore"]) == 2
+    captured = capsys.readouterr()
+    assert "pickscore: left out: 'yuvalkirstain/PickScore_v1' is not in the hub cache" in captured.out
+    assert captured.err.startswith("no head could be scored")
+
+
+def test_tolerance_and_pictures() -> None:
+    assert apart([1.0, 20.0], [1.0005, 20.015]) == 0
+    assert apart([1.0, 20.0], [1.0005, 20.03]) == pytest.approx(0.03)
+    assert apart([0.001], [0.0015]) == 0
+    assert apart([0.1], [0.102]) == pytest.approx(0.002)
+    assert apart([float("nan")], [1.0]) != 0
+    x = picture(30, 40)
+    assert x.shape == (1, 3, 30, 40) and x.min() >= 0 and x.max() <= 1
+    assert torch.equal((x * 255).round() / 255, x)
