@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OPENCLIP := .venv-openclip
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test test-openclip lint clean
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: $(STAMP)  ## Create .venv with everything that tests and the demo need
 
@@ -17,6 +18,10 @@ demo: $(STAMP)  ## Align the embedded model on shapes: minutes on two CPU cores,
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
+
+# An environment of its own: torchvision, which open_clip needs, breaks transformers beside a torch it was not built for.
+test-openclip: $(OPENCLIP)/.installed  ## Compare the openclip reward and the readers of its format with open_clip itself
+	$(OPENCLIP)/bin/python -m pytest tests/openclip
 
 # mypy takes the bare diffalign/ for the whole package, so it is shown a tree that looks like the installed one.
 lint: $(STAMP)  ## Check style and types
@@ -27,11 +32,17 @@ lint: $(STAMP)  ## Check style and types
 	cd $(VENV)/tree && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p diffalign
 
 clean:  ## Remove the environment, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OPENCLIP) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is named so that pip never trades it for another build; CONTRIBUTING.md says why the install is strict.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e '.[dev]' --config-settings editable_mode=strict
+	touch $@
+
+# constraints.txt has the torchvision for this torch. The tests import the tree, so the install need not be strict.
+$(OPENCLIP)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OPENCLIP)
+	$(OPENCLIP)/bin/python -m pip install -c constraints.txt torch==2.13.0 pytest -e '.[openclip]'
 	touch $@

@@ -36,7 +36,9 @@ def sampled(metas: list[prompts.Metadata], each: int) -> Tensor:
     seeds = torch.tensor([sample_seed(SEED, 0, p, j) for p, j in pairs])
     sampling = Sampling(steps=20, kernel="ode", eta=0.0, height=SIZE, width=SIZE)
     group = torch.tensor([p for p, _ in pairs])
-    rollout = collect(pipelines.load("tiny-sd3", dtype="bf16"), [metas[p] for p, _ in pairs], group, seeds, sampling, (), 50)
+    rollout = collect(
+        pipelines.load("tiny-sd3", dtype="bf16"), [metas[p] for p, _ in pairs], group, seeds, sampling, (), 50
+    )
     assert rollout.images is not None
     return rollout.images.unflatten(0, (len(metas), each))
 

@@ -160,7 +160,8 @@ def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early
             f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
             "with a lower trainer.lr"
         )
-    values, generator = {}, True
+    values: dict[str, float] = {}
+    generator = True
     for name, head in run.learners.items():
         with clock("learn"):
             lesson = Lesson(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.rewards import _clip, _dino, _loading
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.types import UserError
 from diffalign.writing import put
@@ -45,7 +46,7 @@ class Features:
         """Raises UserError for another kind of model, or a size that does not fit."""
         from transformers import AutoConfig, CLIPVisionModel
 
-        checkpoint = _loading.Checkpoint(self.model, self.revision)
+        checkpoint = Checkpoint(self.model, self.revision)
         source = checkpoint.folder(local_files_only)
         try:
             kind = AutoConfig.from_pretrained(source).model_type

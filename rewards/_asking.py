@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from pydantic import BeforeValidator, Field, model_validator
 
 from diffalign.rewards import Reward
-from diffalign.rewards._loading import Checkpoint, Dtype
+from diffalign.rewards._hub import Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.rewards._server import Failed, Server, connect
 from diffalign.types import RewardOutput, UserError
 
@@ -85,10 +86,13 @@ class VlmReward(Reward):
 
     @model_validator(mode="after")
     def _apply(self) -> VlmReward:
-        idle = [option for option in LOCAL if self.server is not None and option in self.model_fields_set]
-        if idle:
+        idle = self.changed(LOCAL)
+        if self.server is not None and idle:
             raise ValueError(f"{idle[0]} does not apply to a model behind a server; set it there and leave it out here")
         return self
+
+    def checkpoints(self) -> list[Checkpoint]:
+        return [Checkpoint(self.model or EMBEDDED, self.revision)] if self.server is None else []
 
     def ready(self, device: torch.device | str, yes: Sequence[str] = YES, no: Sequence[str] = NO) -> Asked:
         """The model, loaded or found. Raises UserError when it cannot be."""
@@ -96,7 +100,7 @@ class VlmReward(Reward):
             return Remote(connect(self.server, self.model), yes, no)
         from diffalign.rewards._vlm import load
 
-        checkpoint = Checkpoint(self.model or EMBEDDED, self.revision)
+        (checkpoint,) = self.checkpoints()
         return local(load(checkpoint, self.dtype, self.pixels, device, self.local_files_only), yes, no)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.rewards import _loading
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import CLIP_MEAN, CLIP_STD, normalise
 from diffalign.types import UserError
 
@@ -71,26 +70,21 @@ def embed_texts(model: Any, ids: Tensor) -> Tensor:
     return F.normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
 
-def ready(
-    model: Any, words: str, view: View, dtype: _loading.Dtype, device: torch.device | str, pictures: str | None = None
-) -> Clip:
-    """`model` in its dtype on its device, with the tokenizer of folder `words` and the mean and std of `pictures`."""
-    note = Path(pictures or words, "preprocessor_config.json")
-    stated = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+def ready(model: Any, words: str, view: View, dtype: _loading.Dtype, device: torch.device | str) -> Clip:
+    """`model` in its dtype on its device, with the tokenizer, mean and std of folder `words`."""
     scale = float(model.logit_scale.exp())
     return Clip(
         model.to(device, _loading.torch_dtype(dtype)),
         _loading.tokenizer(words, model.config.text_config.vocab_size),
         view,
         scale,
-        stated.get("image_mean", CLIP_MEAN),
-        stated.get("image_std", CLIP_STD),
+        *_loading.pixel_scale(words, CLIP_MEAN, CLIP_STD),
     )
 
 
 def load(
-    model: _loading.Checkpoint,
-    processor: _loading.Checkpoint,
+    model: Checkpoint,
+    processor: Checkpoint,
     view: View,
     dtype: _loading.Dtype,
     device: torch.device | str,
@@ -104,12 +98,9 @@ def load(
 
 def from_folder(source: str, name: str) -> Any:
     """The CLIPModel in a folder, fp32 and frozen. Raises UserError for a model of another kind."""
-    from transformers import AutoConfig, CLIPModel
+    from transformers import CLIPModel
 
-    try:
-        kind = AutoConfig.from_pretrained(source).model_type
-    except Exception as error:  # no config.json, or one that transformers cannot read
-        raise UserError(f"'{name}' is no transformers checkpoint ({error}); give a CLIP model") from error
+    kind = _loading.configuration(source, name, "a CLIP model").model_type
     if kind != "clip":
         raise UserError(f"'{name}' is a model of type '{kind}'; this head needs a CLIP model")
     return _loading.pretrained(CLIPModel, name, source)

@@ -54,13 +54,13 @@ class Critic:
 
     def hidden(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """What the last block is given, [B, 1 + N, d] fp32; images [B, 3, H, W], or B of any sizes."""
-        side, batch = self.clip.model.config.vision_config.image_size, [images]
-        if not isinstance(images, torch.Tensor):
-            batch = [image[None] for image in images]
+        side = self.clip.model.config.vision_config.image_size
+        batch = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         views = torch.cat([self.clip.view(x.to(self.device), side) for x in batch])
         pixels = normalise(views, self.clip.mean, self.clip.std).to(self.clip.model.dtype)
         seen = self.clip.model.vision_model(pixel_values=pixels, output_hidden_states=True)
-        return seen.hidden_states[-2].float()
+        before: Tensor = seen.hidden_states[-2]
+        return before.float()
 
     def score(self, hidden: Tensor, text: Tensor) -> Tensor:
         """exp(logit_scale) cos, [b]."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.rewards import _loading
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import normalise, resize, unit
 from diffalign.types import UserError
 
@@ -63,7 +62,7 @@ class Backbone:
 
 
 def load(
-    model: _loading.Checkpoint,
+    model: Checkpoint,
     side: int | None,
     dtype: _loading.Dtype,
     device: torch.device | str,
@@ -71,13 +70,10 @@ def load(
     layers: Sequence[int] = (),
 ) -> Backbone:
     """The frozen backbone. Raises UserError for another kind of model, a side or layers that do not fit it."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     source = model.folder(local_files_only)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except Exception as error:  # no config.json, or one that transformers cannot read
-        raise UserError(f"'{model.model}' is no transformers checkpoint ({error}); give a DINO model") from error
+    config = _loading.configuration(source, model.model, "a DINO model")
     if config.model_type not in KINDS:
         raise UserError(f"'{model.model}' is a model of type '{config.model_type}'; use one of {', '.join(KINDS)}")
     side = config.image_size if side is None else side
@@ -85,12 +81,9 @@ def load(
         raise UserError(f"size {side} is no multiple of the {config.patch_size} pixels of a patch of '{model.model}'")
     if layers and not 0 <= min(layers) <= max(layers) < config.num_hidden_layers:
         raise UserError(f"layers must be among 0 to {config.num_hidden_layers - 1} of '{model.model}', got {[*layers]}")
-    note = Path(source, "preprocessor_config.json")
-    stated = json.loads(note.read_text("utf-8")) if note.is_file() else {}
     return Backbone(
         _loading.pretrained(AutoModel, model.model, source).to(device, _loading.torch_dtype(dtype)),
         side,
         config.to_dict().get("num_register_tokens", 0),  # plain DINOv2 has no such entry
-        stated.get("image_mean", IMAGENET_MEAN),
-        stated.get("image_std", IMAGENET_STD),
+        *_loading.pixel_scale(source, IMAGENET_MEAN, IMAGENET_STD),
     )

@@ -7,6 +7,7 @@ update of 1e-4 of a weight is lost in bf16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -47,12 +48,13 @@ def raw(tokens: Tensor) -> Tensor:
 
 def scaled(tokens: Tensor) -> Tensor:
     """Of norm sqrt(d), so that the entries have mean square 1."""
-    return unit(tokens) * tokens.shape[-1] ** 0.5
+    return unit(tokens) * math.sqrt(tokens.shape[-1])
 
 
 def unit(tokens: Tensor) -> Tensor:
     """t / (|t| + 1e-6)."""
-    return tokens / (tokens.norm(dim=-1, keepdim=True) + EPS)
+    norm: Tensor = tokens.norm(dim=-1, keepdim=True)
+    return tokens / (norm + EPS)
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
-"""Checkpoints of reward heads: an embedded name, a folder or a hub id becomes a folder; files become strict weights."""
+"""What reward heads read from their checkpoints: tensors, frozen transformers models and tokenizers; strictly."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from importlib.resources import files
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
+from diffalign.rewards._hub import PICKLED, SAFE, complaint, matches
 from diffalign.types import UserError
 
 if TYPE_CHECKING:
@@ -17,108 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Dtype = Literal["fp32", "bf16"]
-
-SAFE = ("model.safetensors", "model-*-of-*.safetensors")  # transformers' names; repositories hold other formats beside
-PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
-TEXT = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies and templates
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a head loads; the fields are those of :func:`folder`."""
-
-    model: str
-    revision: str | None = None
-    only: tuple[str, ...] = ()
-
-    def folder(self, local_files_only: bool = False) -> str:
-        return folder(self.model, self.revision, self.only, local_files_only)
-
-    def cached(self) -> Path | None:
-        return cached(self.model, self.revision, self.only)
-
-
-@runtime_checkable
-class Hosted(Protocol):
-    """A head that can say what it loads."""
-
-    def checkpoints(self) -> list[Checkpoint]: ...
-
-
-def embedded() -> dict[str, Path]:
-    """Folders of the models that ship with the package, by name."""
-    root = Path(str(files("diffalign.shapes"))) / "weights"
-    return {p.name: p for p in sorted(root.iterdir()) if p.is_dir()} if root.is_dir() else {}
-
-
-def folder(model: str, revision: str | None = None, only: Sequence[str] = (), local_files_only: bool = False) -> str:
-    """The folder that holds `model`: an embedded name, a folder of this machine, or a hub id 'owner/name'.
-
-    A hub id comes from the cache or is downloaded there, after its size and licence were printed.
-
-    Args:
-        revision: branch, tag or commit of a hub id.
-        only: patterns of the files that are needed; by default weights as safetensors (or pickled where there are
-            none) and the text files beside them, all at the top level.
-        local_files_only: use the cache alone, as HF_HUB_OFFLINE=1 does for every model.
-
-    Raises UserError when the model cannot be had, in one sentence with the fix.
-    """
-    found = embedded().get(model) or Path(model).expanduser()
-    if found.is_dir():
-        if revision is not None:
-            raise UserError(
-                f"revision '{revision}' applies to hub ids only, and '{model}' is on this machine; leave it out"
-            )
-        return str(found)
-    if not is_hub_id(model):
-        names = ", ".join(embedded()) or "none in this installation"
-        raise UserError(f"model folder '{model}' does not exist; give a folder, a hub id or an embedded name ({names})")
-    from huggingface_hub import constants
-
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        return _cached(
-            model, revision, only, "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local_files_only is set"
-        )
-    return _fetched(model, revision, only)
-
-
-def is_hub_id(model: str) -> bool:
-    """'owner/name': what may be asked of the hub when no such folder exists."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
-
-
-def cached(model: str, revision: str | None = None, only: Sequence[str] = ()) -> Path | None:
-    """Where an embedded, local or cached model is, None when files would have to be downloaded."""
-    found = embedded().get(model) or Path(model).expanduser()
-    if found.exists():
-        return found
-    root = _snapshot(model, revision) if is_hub_id(model) else None
-    names = [p.relative_to(root).as_posix() for p in root.rglob("*")] if root else []
-    # a download that was interrupted leaves a snapshot with less
-    return root if any(_any(n, only or (*SAFE, *PICKLED)) for n in names) else None
-
-
-def _snapshot(model: str, revision: str | None) -> Path | None:
-    """The cached files of that revision, be they all of the repository's or, as here, those that were wanted."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    base = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=model, repo_type="model"))
-    note = base / "refs" / (revision or "main")
-    commit = note.read_text("utf-8").strip() if note.is_file() else (revision or "main")
-    root = base / "snapshots" / commit
-    return root if root.is_dir() else None
-
-
-def file(model: str, name: str, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The one file `name` of a model as in :func:`folder`; `model` may also be the path of such a file itself."""
-    if Path(model).expanduser().is_file():
-        return Path(model).expanduser()
-    path = Path(folder(model, revision, (name,), local_files_only), name)
-    if not path.is_file():
-        raise UserError(f"'{model}' holds no file '{name}'; give the model, the folder or the file that is meant")
-    return path
+Colour = Sequence[float]  # one number a channel
 
 
 def weights(path: str | Path) -> dict[str, Tensor]:
@@ -137,29 +35,19 @@ def weights(path: str | Path) -> dict[str, Tensor]:
             safe = part.suffix == ".safetensors"
             state |= load_file(part) if safe else torch.load(part, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise UserError(f"cannot read the weights '{part}' ({_line(error)}); download the file again") from error
+            raise UserError(
+                f"cannot read the weights '{part}' ({complaint(error)}); download the file again"
+            ) from error
         except Exception as error:  # pickle's own error, for a file that holds more than tensors
-            raise UserError(f"'{part}' holds more than tensors ({_line(error)}); save its state dict alone") from error
+            raise UserError(
+                f"'{part}' holds more than tensors ({complaint(error)}); save its state dict alone"
+            ) from error
     return state
-
-
-def fill(
-    model: torch.nn.Module, state: Mapping[str, Tensor], drop: Sequence[str] = (), name: str = "the checkpoint"
-) -> None:
-    """Load `state` into `model`, every key of both. Keys that match a pattern of `drop` are left out of `state`.
-
-    Raises UserError that names the first missing, unexpected or misshapen keys.
-    """
-    kept = without(state, drop)
-    own = model.state_dict()
-    shapes = [k for k in own if k in kept and kept[k].shape != own[k].shape]
-    complain(name, [k for k in own if k not in kept], [k for k in kept if k not in own], shapes)
-    model.load_state_dict(kept)
 
 
 def without(state: Mapping[str, Tensor], drop: Sequence[str]) -> dict[str, Tensor]:
     """The entries whose key matches none of the patterns."""
-    return {k: t for k, t in state.items() if not _any(k, drop)}
+    return {k: t for k, t in state.items() if not matches(k, drop)}
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -168,7 +56,7 @@ def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def complain(name: str, missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str]) -> None:
-    """Raise UserError if any of the keys is given."""
+    """Raise UserError if any of the keys is given; it names the first of each kind."""
     kinds = {"lacks": missing, "has the unknown": unexpected, "has another shape of": misshapen}
     found = [f"{kind} {_first(keys)}" for kind, keys in kinds.items() if keys]
     if found:
@@ -184,22 +72,66 @@ def pretrained(
     config: Any = None,
     state: Mapping[str, Tensor] | None = None,
     more: Mapping[str, Any] | None = None,
+    dtype: Dtype = "fp32",
 ) -> Any:
-    """A transformers model in fp32, frozen, from the folder `source`, or from `config` and the tensors `state`.
+    """A frozen transformers model, from the folder `source`, or from `config` and the tensors `state`.
 
     more: further arguments of the class, beside `config`.
 
-    Raises UserError when it cannot be read, or when a key is missing or unexpected.
+    Raises UserError when it cannot be read, or when a key is missing, unexpected or of another shape. Keys that a part
+    of the model declares unused do not count: files of older versions hold buffers that are computed today.
     """
-    import torch
-
     given: dict[str, Any] = {} if state is None else {"config": config, "state_dict": dict(state), **(more or {})}
     try:
-        model, info = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **given)
+        model, info = cls.from_pretrained(
+            source, dtype=torch_dtype(dtype), output_loading_info=True, ignore_mismatched_sizes=True, **given
+        )  # other sizes are named below
     except Exception as error:  # files that are absent, cut short or of another model raise many kinds
-        raise UserError(f"cannot load '{name}' ({_line(error)}); give the checkpoint meant for this head") from error
-    complain(f"'{name}'", info["missing_keys"], info["unexpected_keys"], [str(k[0]) for k in info["mismatched_keys"]])
+        raise UserError(
+            f"cannot load '{name}' ({complaint(error)}); give the checkpoint meant for this head"
+        ) from error
+    absent, unused = unneeded(model)
+    missing = [k for k in info["missing_keys"] if not any(re.search(p, k) for p in absent)]
+    unexpected = [k for k in info["unexpected_keys"] if not any(re.search(p, k) for p in unused)]
+    complain(f"'{name}'", missing, unexpected, [str(k[0]) for k in info["mismatched_keys"]])
     return model.eval().requires_grad_(False)
+
+
+def unneeded(model: torch.nn.Module) -> tuple[set[str], set[str]]:
+    """Patterns of keys that a file may lack, and may hold, since some transformers model within `model` says so.
+
+    transformers itself heeds only those of parts that are models all the way up, which Mask2Former's Swin is not.
+    """
+    from transformers import PreTrainedModel
+
+    def union(declared: Iterable[Collection[str] | None]) -> set[str]:
+        return {pattern for patterns in declared for pattern in patterns or ()}
+
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return (
+        union(part._keys_to_ignore_on_load_missing for part in parts),
+        union(part._keys_to_ignore_on_load_unexpected for part in parts),
+    )
+
+
+def configuration(source: str, name: str, wanted: str) -> Any:
+    """The transformers configuration in the folder `source`. wanted: what the model should be, for the message."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # no config.json, or one that transformers cannot read
+        raise UserError(f"'{name}' is no transformers checkpoint ({complaint(error)}); give {wanted}") from error
+
+
+def pixel_scale(source: str, mean: Colour, std: Colour) -> tuple[Colour, Colour]:
+    """Mean and std of the channels as preprocessor_config.json in the folder `source` states them, else as given."""
+    note = Path(source, "preprocessor_config.json")
+    try:
+        stated = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+        return stated.get("image_mean", mean), stated.get("image_std", std)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read '{note}' ({complaint(error)}); download the model again") from error
 
 
 def tokenizer(source: str, words: int) -> Any:
@@ -208,8 +140,8 @@ def tokenizer(source: str, words: int) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # as above
-        raise UserError(f"cannot load the tokenizer of '{source}' ({_line(error)}); download it again") from error
+    except Exception as error:  # likewise
+        raise UserError(f"cannot load the tokenizer of '{source}' ({complaint(error)}); download it again") from error
     # without its files transformers gives one of special tokens alone, to which every prompt looks alike
     if 2 * len(found) < words or len(found) > words:
         raise UserError(
@@ -232,73 +164,6 @@ def _first(keys: Collection[str], count: int = 3) -> str:
 
 def _shards(root: Path) -> list[Path]:
     for patterns in (SAFE, PICKLED):
-        if found := sorted(p for p in root.iterdir() if _any(p.name, patterns)):
+        if found := sorted(p for p in root.iterdir() if matches(p.name, patterns)):
             return found
     raise UserError(f"'{root}' holds no weights ({SAFE[0]} or {PICKLED[0]}); download the model again")
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _cached(model: str, revision: str | None, only: Sequence[str], why: str) -> str:
-    found = cached(model, revision, only)
-    if found is None:
-        words = [
-            "hf download",
-            model,
-            *(n for n in only if "*" not in n),
-            *(["--revision", revision] if revision else []),
-        ]
-        raise UserError(
-            f"'{model}' is not in the hub cache and {why}; run `{' '.join(words)}` where there is a network, or give a "
-            f"local folder"
-        )
-    return str(found)
-
-
-def download_command(model: str, revision: str | None, only: Sequence[str]) -> str:
-    """What puts the files into the hub cache."""
-    named = [n for n in only if "*" not in n]
-    return " ".join(["hf download", model, *named, *(["--revision", revision] if revision else [])])
-
-
-def _fetched(model: str, revision: str | None, only: Sequence[str]) -> str:
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        info = HfApi().model_info(model, revision=revision, files_metadata=True)
-        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        names = wanted(list(sizes), only)
-        new = [n for n in names if not isinstance(try_to_load_from_cache(model, n, revision=info.sha), str)]
-        if new:
-            card = info.card_data
-            licence = (card.get("license_name") or card.get("license")) if card is not None else None
-            size = sum(sizes[n] for n in new) / 1e9
-            print(
-                f"downloading {model}: {size:.2f} GB, licence: {licence or 'none stated'}", file=sys.stderr, flush=True
-            )
-        return snapshot_download(model, revision=revision, allow_patterns=names)
-    except GatedRepoError as error:
-        raise UserError(f"'{model}' is gated; accept its licence at its hub page, then run `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"'{model}' has no revision '{revision}'; leave it out for the newest one") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model '{model}'; check the name, or run `hf auth login` if it is private"
-        ) from error
-    except Exception as error:  # no network: each HTTP client that the hub library uses has its own kinds
-        return _cached(model, revision, only, f"the hub cannot be reached ({_line(error)})")
-
-
-def wanted(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
-    """Which files of a repository to fetch; see :func:`folder`."""
-    top = [n for n in names if "/" not in n]
-    safe = any(_any(n, SAFE) for n in top)
-    patterns = only or (*TEXT, *(SAFE if safe else PICKLED))
-    return [n for n in (names if only else top) if _any(n, patterns)]

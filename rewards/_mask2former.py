@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diffalign.rewards import _clip, _loading
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import cropped, normalise, resize, unit
 from diffalign.types import UserError
 
@@ -137,9 +138,7 @@ def box_of(mask: Tensor) -> tuple[float, float, float, float]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
-def load(
-    detector: _loading.Checkpoint, clip: _loading.Checkpoint, device: torch.device | str, local_files_only: bool
-) -> Mask2Former:
+def load(detector: Checkpoint, clip: Checkpoint, device: torch.device | str, local_files_only: bool) -> Mask2Former:
     """Raises UserError when either cannot be had or is another kind of model."""
     from transformers import Mask2FormerForUniversalSegmentation
 

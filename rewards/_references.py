@@ -144,10 +144,11 @@ def _paired(path: Path) -> References:
 
 
 def _picture(path: Path) -> Picture:
-    return Picture(str(path), partial(_read, path))
+    return Picture(str(path), partial(read, path))
 
 
-def _read(path: Path) -> Tensor:
+def read(path: Path) -> Tensor:
+    """[3, H, W] fp32 in [0, 1], upright. Raises UserError when it is no picture."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps
@@ -155,7 +156,7 @@ def _read(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"the reference '{path}' cannot be read as a picture; replace or remove it") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.rewards import _loading
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import normalise, resize, unit
 from diffalign.types import UserError
 
@@ -153,7 +154,7 @@ TURN = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def load(
-    model: _loading.Checkpoint,
+    model: Checkpoint,
     dtype: _loading.Dtype,
     pixels: int | None,
     device: torch.device | str,
@@ -163,27 +164,19 @@ def load(
 
     Raises UserError when it cannot be had, is of another family, or does not fit its own configuration.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     source = model.folder(local_files_only)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except Exception as error:  # no config.json, or one that transformers cannot read
-        raise UserError(f"'{model.model}' is no transformers checkpoint ({error}); give a Qwen-VL model") from error
+    config = _loading.configuration(source, model.model, "a Qwen-VL model")
     if config.model_type not in FAMILIES:
         raise UserError(
             f"'{model.model}' is a model of type '{config.model_type}'; give one of type {', '.join(FAMILIES)}, "
             f"or set `server` to a server that runs it"
         )
-    precision = _loading.torch_dtype(dtype)
-    try:
-        body, info = AutoModelForImageTextToText.from_pretrained(source, dtype=precision, output_loading_info=True)
-    except Exception as error:  # files that are absent, cut short or of another model raise many kinds
-        raise UserError(f"cannot load '{model.model}' ({error}); download it again") from error
-    _loading.complain(f"'{model.model}'", info["missing_keys"], info["unexpected_keys"], [])
+    body = _loading.pretrained(AutoModelForImageTextToText, model.model, source, dtype=dtype)
     words = _loading.tokenizer(source, config.text_config.vocab_size)
     look = read_look(Path(source), config.vision_config, pixels)
-    return Vlm(body.to(device).eval().requires_grad_(False), words, look)
+    return Vlm(body.to(device), words, look)
 
 
 def read_look(folder: Path, vision: Any, pixels: int | None) -> Look:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffalign.rewards import Head, Reward
-from diffalign.rewards._loading import Checkpoint, Dtype
+from diffalign.rewards._hub import Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.rewards._preprocess import Crop, cropped
 from diffalign.types import RewardOutput, UserError
 
@@ -55,7 +56,7 @@ class Aesthetic(Reward):
 
         clip, head = self.checkpoints()
         encoder = _clip.load(clip, clip, partial(cropped, crop=self.crop), self.dtype, device, self.local_files_only)
-        path = _loading.file(head.model, head.only[0], None, self.local_files_only)
+        path = head.file(self.local_files_only)
         w, b = (t.to(device) for t in _affine.collapsed(_loading.weights(path), Path(head.model).name))
         if len(w) != encoder.model.config.projection_dim:
             raise UserError(

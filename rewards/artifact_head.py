@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffalign.rewards import Head, Reward
 from diffalign.rewards._artifact import NOTE, WEIGHTS, check, load, logits
-from diffalign.rewards._loading import Checkpoint, Dtype
+from diffalign.rewards._hub import Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.types import RewardOutput
 
 if TYPE_CHECKING:

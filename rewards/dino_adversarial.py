@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, Strict, model_validator
 
 from diffalign.rewards import Head, Reward
 from diffalign.rewards._dino import OFFICIAL
-from diffalign.rewards._loading import Checkpoint, Dtype
+from diffalign.rewards._hub import Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.shaping import STRICT
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 CLS_WEIGHT = 0.7
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -60,7 +60,7 @@ class DinoAdversarial(Reward):
     """Side of the square the backbone sees, a multiple of its patches; by default the model's own (DINOv2: 518)."""
     hidden: int = Field(512, gt=0)
     """Width of D's hidden layer."""
-    cls_weight: Share = CLS_WEIGHT
+    cls_weight: Annotated[float, Field(ge=0, le=1)] = CLS_WEIGHT
     """Weight of CLS in the score; the patches have the rest."""
     patch_weight: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the patches in D's loss."""

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from diffalign.eval import geneval_logic
 from diffalign.rewards import Head, Reward
-from diffalign.rewards._loading import Checkpoint
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._mask2former import CLIP, DETECTOR, Mask2Former, load
 from diffalign.rewards._shapes import Shapes, observe
 from diffalign.types import RewardOutput, UserError
@@ -54,9 +54,7 @@ class Geneval(Reward):
 
     @model_validator(mode="after")
     def _apply(self) -> Geneval:
-        of_mask2former = ("model", "revision", "clip", "clip_revision", "local_files_only")
-        own = type(self).model_fields
-        idle = [key for key, value in self if key in of_mask2former and value != own[key].default]
+        idle = self.changed(("model", "revision", "clip", "clip_revision", "local_files_only"))
         if self.detector == "shapes" and idle:
             raise ValueError(f"{idle[0]} does not apply to the detector of shapes; leave it out, or use mask2former")
         return self

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffalign.rewards import Head, Reward
-from diffalign.rewards._loading import TEXT, Checkpoint, Dtype
+from diffalign.rewards._hub import TEXT, Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.rewards._preprocess import padded
 from diffalign.types import RewardOutput
 
@@ -60,13 +61,12 @@ class Hpsv2(Reward):
         return [own, Checkpoint(words, None, TEXT) if words else own]
 
     def setup(self, device: torch.device | str) -> Head:
-        from diffalign.rewards import _clip, _loading
+        from diffalign.rewards import _clip
 
         weights, processor = self.checkpoints()
         words, view = processor.folder(self.local_files_only), partial(padded, antialias=self.antialias)
         if self.original:
-            path = _loading.file(self.model, FILES[self.version], self.revision, self.local_files_only)
-            model = from_file(path, HEADS)
+            model = from_file(weights.file(self.local_files_only), HEADS)
         else:
             model = _clip.from_folder(weights.folder(self.local_files_only), self.model)
         clip = _clip.ready(model, words, view, self.dtype, device)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffalign.rewards import Head, Reward
-from diffalign.rewards._loading import TEXT, Checkpoint, Dtype
+from diffalign.rewards._hub import TEXT, Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.rewards._preprocess import Crop, cropped, normalise
 from diffalign.types import RewardOutput
 
@@ -52,13 +53,14 @@ class ImageReward(Reward):
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _affine, _blip, _loading
 
-        path = _loading.file(self.model, FILE, self.revision, self.local_files_only)
+        weights, words_of = self.checkpoints()
+        path = weights.file(self.local_files_only)
         state = _loading.weights(path)
         blip = _blip.build(_loading.under(state, "blip."), path.name, self.heads)
         w, b = (t.to(device) for t in _affine.collapsed(_loading.under(state, "mlp."), path.name))
         rest = [k for k in state if not k.startswith(("blip.", "mlp."))]
         _loading.complain(f"'{path.name}'", [], rest, [])
-        words = _loading.tokenizer(self.checkpoints()[1].folder(self.local_files_only), blip.text.config.vocab_size)
+        words = _loading.tokenizer(words_of.folder(self.local_files_only), blip.text.config.vocab_size)
         words.add_tokens(ADDED, special_tokens=True)
         for part in (blip.vision, blip.text):
             part.to(device, _loading.torch_dtype(self.dtype))

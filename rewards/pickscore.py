@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffalign.rewards import Head, Reward
-from diffalign.rewards._loading import TEXT, Checkpoint, Dtype
+from diffalign.rewards._hub import TEXT, Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.rewards._preprocess import Crop, cropped
 from diffalign.types import RewardOutput
 

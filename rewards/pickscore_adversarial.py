@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field, Strict
 
 from diffalign.rewards import Head, Reward
-from diffalign.rewards._loading import TEXT, Checkpoint, Dtype
+from diffalign.rewards._hub import TEXT, Checkpoint
+from diffalign.rewards._loading import Dtype
 from diffalign.rewards._preprocess import Crop, cropped
 from diffalign.rewards.pickscore import LAION, OFFICIAL
 
@@ -64,5 +65,6 @@ class PickscoreAdversarial(Reward):
         from diffalign.rewards import _clip, _clip_critic, _references
 
         view = partial(cropped, crop=self.crop)
-        clip = _clip.load(*self.checkpoints(), view, self.dtype, device, self.local_files_only)
+        model, processor = self.checkpoints()
+        clip = _clip.load(model, processor, view, self.dtype, device, self.local_files_only)
         return _clip_critic.Critic(self, clip, _references.load(self.references), device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.rewards import Head
+from diffalign.rewards import Head, _references
 from diffalign.rewards._asking import NO, YES, Answer, Asked, Question, VlmReward, output, probability
 from diffalign.rewards._server import Failed
 from diffalign.types import UserError
@@ -102,12 +102,4 @@ class YesProbability(VlmReward):
 @lru_cache(maxsize=64)
 def read(path: str) -> Tensor:
     """[3, H, W] in [0, 1]. Raises UserError when it is no picture."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    try:
-        pixels = np.asarray(Image.open(Path(path).expanduser()).convert("RGB"))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read the reference picture '{path}' ({error}); name an image file") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+    return _references.read(Path(path).expanduser())

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.rewards import Scorer, _affine, _blip, _clip, _loading, _open_clip, build, hpsv2
-from diffalign.rewards._loading import Checkpoint
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import cropped
 from diffalign.shapes import aesthetic
 from diffalign.types import UserError

@@ -21,6 +21,13 @@ def test_says_what_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     official = "pickscore: yuvalkirstain/PickScore_v1: not here; `hf download yuvalkirstain/PickScore_v1` fetches it"
     assert official in said.splitlines()
     assert "hpsv2: xswu/HPSv2: not here; `hf download xswu/HPSv2 HPS_v2.1_compressed.pt` fetches it" in said
+    assert (
+        "image_reward: google-bert/bert-base-uncased: not here; `hf download" in said and "--include '*.json'" in said
+    )
+    assert "vlm_echo: tiny-vlm: in " in said
+    assert "geneval" not in said
+    assert main(["doctor", "rewards", "--reward", "aesthetic:head=nowhere"]) == 0
+    assert "aesthetic: nowhere: not here\n" in capsys.readouterr().out
     assert main(["doctor", "rewards", "--reward", "pickscore:model=tiny-clip,jpeg"]) == 0
     here, other = capsys.readouterr().out.splitlines()
     assert here.startswith("pickscore: tiny-clip: in ") and Path(here.partition(": in ")[2], "config.json").is_file()
@@ -57,7 +64,9 @@ def test_tolerance_and_pictures() -> None:
     assert apart([1.0, 20.0], [1.0005, 20.03]) == pytest.approx(0.03)
     assert apart([0.001], [0.0015]) == 0
     assert apart([0.1], [0.102]) == pytest.approx(0.002)
-    assert apart([float("nan")], [1.0]) != 0
+    for pair in ([1.0, float("nan")], [float("nan"), 1.0]):
+        assert apart(pair, [1.0, 1.0]) != 0
+    assert apart([float("nan"), 1.0], [float("nan"), 1.0]) == 0
     x = picture(30, 40)
     assert x.shape == (1, 3, 30, 40) and x.min() >= 0 and x.max() <= 1
     assert torch.equal((x * 255).round() / 255, x)

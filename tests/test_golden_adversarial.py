@@ -71,26 +71,32 @@ def test_pickscore_discriminator(case: dict[str, Any]) -> None:
     s_real, s_fake = (scale * (text * x).sum(1) for x in (real, fake))
     close(s_real / UNIT, case["reward_real"])
     close(s_fake / UNIT, case["reward_fake"])
-    loss = case["label_0"] * pairwise(s_real, s_fake) + case["label_1"] * pairwise(s_fake, s_real)
-    if case["label_0"] == case["label_1"]:
-        loss = loss + float(torch.tensor(0.5).log())  # in fp32, as the official code takes it
-    total = loss.mean()
+    labels = case["label_0"], case["label_1"]
     if case["in_batch_negatives"]:
-        total = in_batch(scale, text, real, fake, case["label_0"], case["label_1"])
+        losses = in_batch(scale, text, real, fake, labels)
+    else:
+        losses = weighted(labels, pairwise(s_real, s_fake), pairwise(s_fake, s_real)) + tie(labels)
+    total = losses.mean()
     close(total, case["loss"])
     total.backward()
     close(real.grad, case["grad_real"])
     close(fake.grad, case["grad_fake"])
 
 
-def in_batch(scale: float, text: Tensor, real: Tensor, fake: Tensor, label_0: float, label_1: float) -> Tensor:
+def weighted(labels: tuple[float, float], real: Tensor, fake: Tensor) -> Tensor:
+    return labels[0] * real + labels[1] * fake
+
+
+def tie(labels: tuple[float, float]) -> float:
+    """What makes the least loss 0 where neither image is preferred; in fp32, as the official code takes it."""
+    return float(torch.tensor(0.5).log()) if labels[0] == labels[1] else 0.0
+
+
+def in_batch(scale: float, text: Tensor, real: Tensor, fake: Tensor, labels: tuple[float, float]) -> Tensor:
     """PickScore's other loss, which compares with all images of a batch and so depends on the batch: no head here
-    offers it. It is the mean of both directions, images to texts and texts to all images."""
+    offers it. It is the mean of both directions, images to texts and texts to all images, of each pair [b]."""
     own = torch.arange(len(text))
     to_images = scale * text @ torch.cat([real, fake]).T
-    directions = [
-        label * (F.cross_entropy(scale * x @ text.T, own) + F.cross_entropy(to_images, own + first)) / 2
-        for label, x, first in ((label_0, real, 0), (label_1, fake, len(text)))
-        if label
-    ]
-    return torch.stack(directions).sum()
+    of_images = [F.cross_entropy(scale * x @ text.T, own, reduction="none") for x in (real, fake)]
+    of_texts = [F.cross_entropy(to_images, own + first, reduction="none") for first in (0, len(text))]
+    return (weighted(labels, *of_images) + weighted(labels, *of_texts) + tie(labels)) / 2

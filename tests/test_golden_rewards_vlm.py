@@ -91,7 +91,7 @@ def test_echo(model: Any, i: int) -> None:
     mean = scored()
     close(mean.scores, [case["reward_mean"]], FP32)
     close(mean.extra["log_probs"][0], case["token_logprobs"], FP32)
-    close(scored(aggregate="sum").scores, [case["reward_sum"]], 10 * FP32)
+    close(scored(aggregate="sum").scores, [case["reward_sum"]], FP32)
     ended = scored(end_token=True)
     close(ended.scores, [case["mean_with_eos"]], FP32)
     close(ended.extra["log_probs"][0], case["token_logprobs_with_eos"], FP32)
@@ -104,7 +104,7 @@ def test_yes(model: Any, case: dict[str, Any]) -> None:
     model_and_ids = asked(model, ECHO["cases"][case["case"]])
     for normalise, key in (("full", "p_yes"), ("yes_no", "p_yes_given_yes_no")):
         head = YesProbability(name="yes_probability", template="{prompt}", normalise=normalise)  # type: ignore[arg-type]
-        close(head.score(model_and_ids, picture(case["case"]), [QUERY], [{}]).scores, [case[key]], FP32)
+        close(head.score(model_and_ids, picture(case["case"]), [QUERY], [{}]).scores, [case[key]], 0, FP32)
 
 
 def read(top: dict[str, float], yes: Any = _asking.YES, no: Any = _asking.NO) -> float | None:

@@ -69,10 +69,12 @@ def save(folder: Path, names: tuple[str, ...] = NAMES) -> tuple[Path, Path]:
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "detector")
     stored = load_file(folder / "detector" / "model.safetensors")
-    index = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self.relative_position_index"
-    save_file(
-        stored | {index: torch.zeros(16, 16)}, folder / "detector" / "model.safetensors"
-    )  # as older files have it
+    # like the published file: with a buffer that is computed today, without a norm that today's Swin has and skips
+    encoder = "model.pixel_level_module.encoder."
+    older = {key: t for key, t in stored.items() if not key.startswith(f"{encoder}swin.layernorm")}
+    assert len(older) == len(stored) - 2
+    index = f"{encoder}encoder.layers.0.blocks.0.attention.self.relative_position_index"
+    save_file(older | {index: torch.zeros(16, 16)}, folder / "detector" / "model.safetensors")
     model, words = clip_model()
     model.save_pretrained(folder / "clip")
     words.save_pretrained(folder / "clip")
@@ -249,5 +251,9 @@ def test_impossible_metadata_is_a_user_error(clause: dict[str, Any], said: str) 
 
 
 def test_options_of_the_other_detector_are_refused() -> None:
-    with pytest.raises(UserError, match="model does not apply to the detector of shapes"):
-        rewards.resolve({"name": "geneval", "model": "facebook/mask2former-swin-small-coco-instance"})
+    for option, value in {"model": "owner/other", "clip": "tiny-clip", "local_files_only": True}.items():
+        with pytest.raises(UserError, match=f"{option} does not apply to the detector of shapes; leave it out"):
+            rewards.resolve({"name": "geneval", option: value})
+        assert rewards.resolve({"name": "geneval", "detector": "mask2former", option: value})
+    saved = rewards.resolve("geneval").model_dump()  # names every option
+    assert rewards.resolve(saved) == rewards.resolve("geneval")

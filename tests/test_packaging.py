@@ -113,7 +113,8 @@ def test_runs_uninstalled_from_the_repository_root(tmp_path: Path) -> None:
             shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "rewards" / "brand_new.py").write_text('"""A file added after any install."""\n')
     done = subprocess.run([sys.executable, "-m", "diffalign", "list"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "brand_new  A file added after any install." in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"brand_new +A file added after any install\.", done.stdout)
 
 
 def test_the_core_asks_for_nothing_that_pins_torch() -> None:
@@ -131,3 +132,31 @@ def test_the_version_is_stated_once_in_each_place() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["version"] == diffalign.__version__
+
+
+def test_every_extra_is_explained_and_all_means_all() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (everything,) = extras.pop("all")
+    assert set(re.split(r"[\[\],]", everything)) - {"diffalign", ""} == set(extras) - {"dev"}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    install = readme[readme.index("## Install") :].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", install.replace("`, `", "` `"))) >= set(extras) - {"dev"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "module", "reward"),
+    [("ocr", "rapidocr", {"name": "ocr"}), ("openclip", "open_clip", {"name": "openclip", "model": "hf-hub:a/b"})],
+)
+def test_a_reward_without_its_extra_says_how_to_get_it(
+    extra: str, module: str, reward: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffalign.rewards import build
+    from diffalign.types import UserError
+
+    monkeypatch.setitem(sys.modules, module, None)  # as if not installed
+    with pytest.raises(UserError, match=re.escape(f"pip install 'diffalign[{extra}]'")):
+        build([reward])
+
+
+def test_tests_of_openclip_are_left_to_their_own_environment(pytestconfig: pytest.Config) -> None:
+    assert "openclip" in pytestconfig.getini("norecursedirs")

@@ -9,17 +9,21 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 
+from diffalign import rewards
 from diffalign.rewards import _loading
+from diffalign.rewards._hub import TEXT, Checkpoint, wanted
 from diffalign.types import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -39,15 +43,15 @@ def cache(root: Path, model: str, refs: dict[str, str], files: dict[str, list[st
 
 
 def test_embedded_and_local_folders(tmp_path: Path) -> None:
-    assert Path(_loading.folder("tiny-clip"), "config.json").is_file()
-    assert _loading.folder(str(tmp_path)) == str(tmp_path)
-    assert _loading.cached("tiny-clip") == Path(_loading.folder("tiny-clip"))
+    assert Path(Checkpoint("tiny-clip").folder(), "config.json").is_file()
+    assert Checkpoint(str(tmp_path)).folder() == str(tmp_path)
+    assert Checkpoint("tiny-clip").cached() == Path(Checkpoint("tiny-clip").folder())
     for model in ("tiny-clip", str(tmp_path)):
         with pytest.raises(UserError, match="applies to hub ids only"):
-            _loading.folder(model, "main")
+            Checkpoint(model, "main").folder()
     with pytest.raises(UserError, match=r"model folder 'tiny-nothing' does not exist; .*tiny-clip"):
-        _loading.folder("tiny-nothing")
-    assert _loading.cached("tiny-nothing") is None
+        Checkpoint("tiny-nothing").folder()
+    assert Checkpoint("tiny-nothing").cached() is None
 
 
 def test_offline_uses_the_cache_and_its_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,33 +59,39 @@ def test_offline_uses_the_cache_and_its_revisions(tmp_path: Path, monkeypatch: p
     other = SHA[::-1]
     files = ["config.json", "model.safetensors"]
     cache(tmp_path, "owner/name", {"main": SHA, "v1": other}, {SHA: files, other: files})
-    assert Path(_loading.folder("owner/name")).name == SHA
-    assert Path(_loading.folder("owner/name", "v1")).name == other
-    assert Path(_loading.folder("owner/name", other, local_files_only=True)).name == other
+    assert Path(Checkpoint("owner/name").folder()).name == SHA
+    assert Path(Checkpoint("owner/name", "v1").folder()).name == other
+    assert Path(Checkpoint("owner/name", other).folder(local_files_only=True)).name == other
     with pytest.raises(UserError, match=r"run `hf download owner/name --revision v2` where there is a network"):
-        _loading.folder("owner/name", "v2")
+        Checkpoint("owner/name", "v2").folder()
 
     cache(tmp_path, "owner/half", {"main": SHA}, {SHA: ["config.json"]})  # a download that broke off
     with pytest.raises(UserError, match=r"'owner/half' is not in the hub cache and HF_HUB_OFFLINE is set"):
-        _loading.folder("owner/half")
-    assert _loading.folder("owner/half", only=_loading.TEXT)
+        Checkpoint("owner/half").folder()
+    assert Checkpoint("owner/half", only=TEXT).folder()
 
     cache(tmp_path, "owner/files", {"main": SHA}, {SHA: ["a.pt"]})
-    assert _loading.file("owner/files", "a.pt").name == "a.pt"
+    assert Checkpoint("owner/files", None, ("a.pt",)).file().name == "a.pt"
     with pytest.raises(UserError, match=r"run `hf download owner/files b.pt` where"):
-        _loading.file("owner/files", "b.pt")
+        Checkpoint("owner/files", None, ("b.pt",)).file()
+
+
+def test_the_command_that_fetches() -> None:
+    assert Checkpoint("o/n").command == "hf download o/n"
+    assert Checkpoint("o/n", "v1", ("a b.pt",)).command == "hf download o/n 'a b.pt' --revision v1"
+    assert Checkpoint("o/n", None, ("*.json", "a.pt")).command == "hf download o/n --include '*.json' --include a.pt"
 
 
 def test_what_is_fetched() -> None:
     names = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "open_clip_model.safetensors"]
     names += ["vocab.txt", "README.md", "onnx/model.safetensors"]
-    assert _loading.wanted(names) == ["config.json", "model.safetensors", "vocab.txt"]
-    assert _loading.wanted(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
-    assert _loading.wanted(["model-00001-of-00002.safetensors", "model.safetensors.index.json"]) == [
+    assert wanted(names) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert wanted(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
+    assert wanted(["model-00001-of-00002.safetensors", "model.safetensors.index.json"]) == [
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
     ]
-    assert _loading.wanted(names, ("*.bin",)) == ["pytorch_model.bin"]
+    assert wanted(names, ("*.bin",)) == ["pytorch_model.bin"]
 
 
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"w" * 20_000_000, "other.bin": b"x" * 10}
@@ -144,11 +154,11 @@ def hub() -> Iterator[str]:
 
 ASK = """
 import sys
-from diffalign.rewards import _loading
+from diffalign.rewards._hub import Checkpoint
 from diffalign.types import UserError
 for revision in sys.argv[2:]:
     try:
-        print(_loading.folder(sys.argv[1], None if revision == "-" else revision))
+        print(Checkpoint(sys.argv[1], None if revision == "-" else revision).folder())
     except UserError as error:
         print("UserError", error)
 """
@@ -191,7 +201,7 @@ def test_download_says_size_and_licence_first(hub: str, tmp_path: Path) -> None:
     (cached,), said = ask("http://127.0.0.1:9", tmp_path, "owner/name", "-")
     assert cached == first and "downloading" not in said
     (unreachable,), _ = ask("http://127.0.0.1:9", tmp_path, "owner/more", "-")
-    assert unreachable.startswith("UserError 'owner/more' is not in the hub cache and the hub cannot be reached (")
+    assert unreachable.startswith("UserError 'owner/more' is not in the hub cache and fetching it failed (")
     assert "run `hf download owner/more`" in unreachable
 
 
@@ -225,22 +235,78 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not Path("made-by-a-checkpoint").exists()
 
 
-def test_fill_is_strict() -> None:
-    model = nn.Linear(2, 3)
-    good = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
-    _loading.fill(model, good | {"extra.x": torch.ones(1)}, drop=("extra.*",))
-    assert float(model.weight.detach().sum()) == 6
-    with pytest.raises(UserError, match="'w' does not fit the model: it has the unknown extra.x; "):
-        _loading.fill(model, good | {"extra.x": torch.ones(1)}, name="'w'")
-    with pytest.raises(UserError, match="it lacks bias and has another shape of weight"):
-        _loading.fill(model, {"weight": torch.ones(2, 2)})
-    many = {f"k{i}": torch.ones(1) for i in range(5)}
-    with pytest.raises(UserError, match="has the unknown k0, k1, k2 and 2 more keys"):
-        _loading.fill(model, good | many)
+def clip_folder(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> str:
+    """tiny-clip with other tensors in its file."""
+    shutil.copytree(Checkpoint("tiny-clip").folder(), folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_every_key_must_fit(tmp_path: Path) -> None:
+    def load(name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Any:
+        return _loading.pretrained(CLIPModel, "w", clip_folder(tmp_path / name, change))
+
+    norm = "vision_model.post_layernorm."
+    model = load("same", dict)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(UserError, match=f"does not fit the model: it lacks {norm}bias, {norm}weight; use the"):
+        load("less", lambda state: {k: t for k, t in state.items() if not k.startswith(norm)})
+    with pytest.raises(UserError, match="it has the unknown extra0, extra1, extra2 and 2 more keys"):
+        load("more", lambda state: state | {f"extra{i}": torch.ones(1) for i in range(5)})
+    with pytest.raises(UserError, match=f"it has another shape of {norm}weight; use the"):
+        load("other", lambda state: state | {f"{norm}weight": torch.ones(3)})
+    with pytest.raises(UserError, match="it lacks b and has the unknown a and has another shape of c"):
+        _loading.complain("it", ["b"], ["a"], ["c"])
+
+
+class Part(PreTrainedModel):
+    """A model that says which keys of its files do not matter, within a module that is none."""
+
+    config_class = PreTrainedConfig
+    _keys_to_ignore_on_load_missing = [r"inner\.idle"]
+    _keys_to_ignore_on_load_unexpected = [r"inner\.computed$"]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.inner = nn.Linear(2, 2)
+        self.post_init()
+
+
+def test_keys_that_a_part_declares_unused_do_not_count() -> None:
+    lacks, holds = _loading.unneeded(nn.Sequential(nn.Sequential(Part(PreTrainedConfig()))))
+    assert (lacks, holds) == ({r"inner\.idle"}, {r"inner\.computed$"})
+    assert _loading.unneeded(nn.Linear(2, 2)) == (set(), set())
+
+
+def test_precision(tmp_path: Path) -> None:
+    source = Checkpoint("tiny-clip").folder()
+    for dtype, expected in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        model = _loading.pretrained(CLIPModel, "tiny-clip", source, dtype=dtype)  # type: ignore[arg-type]
+        assert {p.dtype for p in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "geneval",
+        {"name": "geneval", "detector": "mask2former", "revision": "main"},
+        {"name": "vlm_echo", "server": "http://localhost:8000"},
+        {"name": "yes_probability", "pixels": 4096},
+        {"name": "dino_adversarial", "references": "shapes-outline", "multi_layer": {"layers": [1]}},
+        {"name": "pickscore_adversarial", "references": "shapes-outline"},
+        {"name": "remote", "url": "http://localhost:8600/"},
+        {"name": "image_reward", "heads": [2, 2]},
+    ],
+)
+@pytest.mark.parametrize("mode", ["python", "json"])
+def test_saved_options_read_back_equal(entry: Any, mode: str) -> None:
+    """A run's saved configuration names every option, those that do not apply as well."""
+    reward = rewards.resolve(entry)
+    assert rewards.resolve(reward.model_dump(mode=mode)) == reward
 
 
 def test_tokenizer_must_be_the_encoders(tmp_path: Path) -> None:
-    folder = _loading.folder("tiny-clip")
+    folder = Checkpoint("tiny-clip").folder()
     assert len(_loading.tokenizer(folder, 178)) == 178
     with pytest.raises(UserError, match="knows 178 tokens and the text encoder 49408"):
         _loading.tokenizer(folder, 49408)

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, Dinov2Model
 from diffalign import pipelines
 from diffalign.rollout import collect
 from diffalign.sections import Sampling
-from diffalign.shapes import dino, prompts, publish, world
+from diffalign.shapes import dino, dino_network, dino_probe, prompts, publish, world
 from diffalign.shapes.corruptions import CORRUPTIONS, MIN_CHANGED, changed, corrupt, corrupt_all
 from diffalign.shapes.detector import detect
 
@@ -39,11 +39,11 @@ def test_the_folder_is_plain_transformers_and_small(model: Any) -> None:
     images = scenes(2)
     processor = AutoImageProcessor.from_pretrained(FOLDER)
     pixels = processor([im.permute(1, 2, 0).numpy() for im in images], return_tensors="pt").pixel_values
-    torch.testing.assert_close(pixels, dino.normalise(images.float() / 255), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels, dino_network.normalise(images.float() / 255), rtol=0, atol=1e-5)
     with torch.no_grad():
         out = model(pixel_values=pixels)
     assert out.last_hidden_state.shape == (2, 65, 128)
-    torch.testing.assert_close(out.pooler_output, dino.features(model, images)[:, 0])
+    torch.testing.assert_close(out.pooler_output, dino_probe.features(model, images)[:, 0])
 
 
 def test_it_knows_more_than_it_was_born_with(model: Any) -> None:
@@ -54,9 +54,9 @@ def test_it_knows_more_than_it_was_born_with(model: Any) -> None:
     images = collect(pipe, metas, torch.arange(96), torch.arange(96), sampling, (), 48).images
     assert images is not None
     drawn = (images * 255).round().to(torch.uint8)
-    knows = dino.measure(model, drawn, n=300, seed=77)
+    knows = dino_probe.measure(model, drawn, n=300, seed=77)
     torch.manual_seed(0)
-    born = dino.measure(dino.network().eval(), drawn, n=300, seed=77)
+    born = dino_probe.measure(dino_network.network().eval(), drawn, n=300, seed=77)
     for name, least in LEAST.items():
         assert knows[name] > least, (name, knows)
         assert knows[name] > born[name], (name, knows, born)
@@ -139,6 +139,6 @@ def test_a_stage_replaces_its_own_lines_in_the_log(tmp_path: Path) -> None:
     work = tmp_path / "log.jsonl"
     (tmp_path / publish.LOG).write_text('{"stage": "a", "step": 1}\n{"stage": "b", "step": 1}\n')
     work.write_text('{"stage": "b", "step": 2}\n{"stage": "c", "step": 2}\n')
-    publish.add_log("b", work, tmp_path)
+    publish.add_log("b", work, tmp_path, {"right": 0.5})
     lines = [json.loads(line) for line in (tmp_path / publish.LOG).read_text().splitlines()]
-    assert lines == [{"stage": "a", "step": 1}, {"stage": "b", "step": 2}]
+    assert lines == [{"stage": "a", "step": 1}, {"stage": "b", "step": 2}, {"stage": "b", "held_out": {"right": 0.5}}]

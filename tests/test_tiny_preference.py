@@ -13,7 +13,7 @@ import torch
 
 from diffalign.eval.geneval_logic import geneval_dense
 from diffalign.rewards.geneval import observe
-from diffalign.shapes import preference, prompts, samples, world
+from diffalign.shapes import preference, preference_data, prompts, samples, world
 from diffalign.shapes.pretrain import draw_scenes
 
 FOLDER = Path(str(files("diffalign.shapes"))) / "weights" / "tiny-clip"
@@ -32,7 +32,7 @@ def test_the_folder_is_a_small_clip() -> None:
 def test_it_ranks_pictures_as_the_detector_does(tmp_path: Path) -> None:
     """40 held-out prompts: samples under six settings against each other, and against renders and near-misses."""
     metas = prompts.test_prompts()[:40]
-    bank = preference.fill(metas, samples.draw(metas, tmp_path / "samples.pt", 11), 12)
+    bank = preference_data.fill(metas, samples.draw(metas, tmp_path / "samples.pt", 11), 12)
     assert torch.equal(samples.draw(metas, tmp_path / "samples.pt", 11), bank.images[:, :6])  # as stored
     model, words = preference.load(FOLDER)
     result = preference.measure(model.eval(), words, bank, draw_scenes(256, 13))
@@ -63,7 +63,7 @@ def test_near_misses_are_worse_than_the_scene() -> None:
         prompt, include = rng.choice(catalogue[tag])
         meta = prompts.metadata(tag, prompt, include)
         objects = prompts.scene(rng, include)
-        image = world.render(preference.near_miss(objects, rng))
+        image = world.render(preference_data.near_miss(objects, rng))
         worse += geneval_dense(*observe(image), meta) < 1
     assert worse >= 55
 
@@ -74,9 +74,9 @@ def test_a_mirrored_picture_shows_the_mirrored_prompt(text: str) -> None:
     bare = text.removeprefix("a drawing of ")
     tag, include = every[bare]
     image = world.render(prompts.scene(random.Random(1), include))[:, ::-1].copy()
-    tag, include = every[preference.mirror(bare)]
+    tag, include = every[preference_data.mirror(bare)]
     assert geneval_dense(*observe(image), prompts.metadata(tag, bare, include)) == 1
-    assert preference.mirror(preference.mirror(text)) == text
+    assert preference_data.mirror(preference_data.mirror(text)) == text
 
 
 def test_training_prompts_are_none_of_the_test() -> None:

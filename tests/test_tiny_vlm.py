@@ -136,5 +136,5 @@ def test_it_captions_when_asked(model: Any, talk: Chat) -> None:
 def test_the_log_holds_its_training_and_its_scores() -> None:
     log = [json.loads(line) for line in (WEIGHTS / "pretrain_log.jsonl").read_text().splitlines()]
     mine = [line for line in log if line["stage"] == "vlm"]
-    assert mine[-1]["step"] == mine[-2]["step"] == vlm.PLAN.steps
+    assert mine[-2]["step"] == vlm.PLAN.steps
     assert set(mine[-1]["held_out"]) == {"echo", "match", "broken"}

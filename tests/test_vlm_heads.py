@@ -205,7 +205,7 @@ def test_yes_compares_with_a_reference_in_both_orders(asked: Local, tmp_path: Pa
     by_prompt = against(IMAGES[:3], "metadata.other", {"other": str(tmp_path / "b.png")}, {}, {"other": None})
     assert by_prompt.scores[0].item() == pytest.approx(ab.scores.item(), abs=1e-5)
     assert by_prompt.scores.isnan().tolist() == [False, True, True] and by_prompt.valid.all()
-    with pytest.raises(UserError, match="cannot read the reference picture"):
+    with pytest.raises(UserError, match="cannot be read as a picture"):
         against(IMAGES[:1], str(tmp_path / "c.png"))
     with pytest.raises(UserError, match="metadata 'other' must be the path of a picture, not 3"):
         against(IMAGES[:1], "metadata.other", {"other": 3})

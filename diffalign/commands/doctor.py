@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffalign.rewards import Reward
-    from diffalign.rewards._loading import Checkpoint
+    from diffalign.rewards._hub import Checkpoint
 
 PROMPTS = ("a red disc on a coloured gradient", "a photograph of a cat on a sofa")
+METADATA = ({"include": [{"class": "frisbee", "count": 1}]}, {"include": [{"class": "cat", "count": 1}]})
 SIZES = ((301, 420), (512, 512))
 TOLERANCE = 1e-3  # of the score, or absolute for small ones: ten times what devices differ by in fp32
 
@@ -41,14 +43,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from diffalign.rewards._loading import Hosted
+    from diffalign.rewards._hub import Hosted
 
     wanted = reward_entries.parse(args.reward) if args.reward else _every()
     hosted: list[Reward] = []
     for reward in wanted:
-        if isinstance(reward, Hosted):
+        if isinstance(reward, Hosted) and (checkpoints := reward.checkpoints()):
             hosted.append(reward)
-            _print_checkpoints(reward.key, reward.checkpoints())
+            _print_checkpoints(reward.key, checkpoints)
         elif args.reward:
             print(f"{reward.key}: loads no checkpoint")
     if args.compare_official:
@@ -68,12 +70,10 @@ def _every() -> list[Reward]:
 
 
 def _print_checkpoints(name: str, checkpoints: Sequence[Checkpoint]) -> None:
-    from diffalign.rewards import _loading
-
     for checkpoint in dict.fromkeys(checkpoints):
         where = checkpoint.cached()
-        fetch = _loading.download_command(checkpoint.model, checkpoint.revision, checkpoint.only)
-        print(f"{name}: {checkpoint.model}: {f'in {where}' if where else f'not here; `{fetch}` fetches it'}")
+        absent = f"not here; `{checkpoint.command}` fetches it" if checkpoint.on_hub else "not here"
+        print(f"{name}: {checkpoint.model}: {f'in {where}' if where else absent}")
 
 
 def _compare(hosted: list[Reward], path: Path, device: str | None) -> None:
@@ -116,9 +116,7 @@ def fixed_scores(reward: Reward, device: Any) -> list[float]:
 
     (scorer,) = build([reward], device).values()
     with torch.no_grad():
-        outputs = [
-            scorer(picture(*size).expand(len(PROMPTS), -1, -1, -1), PROMPTS, [{} for _ in PROMPTS]) for size in SIZES
-        ]
+        outputs = [scorer(picture(*size).expand(len(PROMPTS), -1, -1, -1), PROMPTS, METADATA) for size in SIZES]
     return [score for output in outputs for score in output.scores.tolist()]
 
 
@@ -137,8 +135,9 @@ def picture(height: int, width: int) -> Tensor:
 
 def apart(scores: list[float], recorded: list[float]) -> float:
     """The largest difference if any exceeds the tolerance, else 0."""
-    gaps = [(abs(a - b), TOLERANCE * max(1.0, abs(b))) for a, b in zip(scores, recorded, strict=True)]
-    return max(gap for gap, _ in gaps) if any(not gap <= limit for gap, limit in gaps) else 0.0
+    pairs = [(a, b) for a, b in zip(scores, recorded, strict=True) if not (math.isnan(a) and math.isnan(b))]
+    gaps = [(abs(a - b), TOLERANCE * max(1.0, abs(b))) for a, b in pairs]
+    return max((gap for gap, limit in gaps if not gap <= limit), default=0.0)  # not <=: NaN exceeds every limit
 
 
 def _shown(scores: list[float]) -> str:

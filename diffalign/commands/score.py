@@ -1,4 +1,4 @@
-"""Score images on the disk with any rewards."""
+"""Score images on the disk with rewards, and print a table of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompts of a plain folder, one for each image in the order of the names; or metadata of listed prompts",
     )
-    parser.add_argument("--output", metavar="FILE", help="JSONL with a line for each image")
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write this JSONL file: scores and details, one line for each image"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU when there is one")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default 16)")
 

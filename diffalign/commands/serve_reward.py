@@ -14,10 +14,17 @@ TOKEN = "DIFFALIGN_REWARD_TOKEN"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reward", required=True, metavar="NAME[:OPTION=VALUE,...]", help=reward_entries.HELP)
+    parser.add_argument(
+        "--reward",
+        required=True,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="one reward, such as pickscore:model=tiny-clip, or in YAML, such as '{name: pickscore, model: tiny-clip}'",
+    )
     parser.add_argument("--port", type=int, default=8600, metavar="N", help="default 8600; 0 takes a free one")
     parser.add_argument(
-        "--host", default="127.0.0.1", help=f"default 127.0.0.1: this machine only; set {TOKEN} for others"
+        "--host",
+        default="127.0.0.1",
+        help=f"default 127.0.0.1: this machine only; for others, ask for a token by setting {TOKEN}",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU when there is one")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images scored at once (default 16)")

@@ -20,14 +20,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
-        "--features", default="tiny-dino", metavar="MODEL", help="frozen backbone, such as facebook/dinov2-base"
+        "--features",
+        default="tiny-dino",
+        metavar="MODEL",
+        help="frozen backbone (default tiny-dino), such as facebook/dinov2-base",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--size", type=int, metavar="PX", help="side of the square it sees; default: the model's own")
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help="side of the square that the backbone sees (default: its own)"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU when there is one")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures at once (default 16)")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of 64 pictures each (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--steps", type=int, default=1000, metavar="N", help="training steps of 64 pictures each (default 1000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
 
 
 def run(args: argparse.Namespace) -> None:

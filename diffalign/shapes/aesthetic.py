@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffalign.shapes import card
 from diffalign.shapes.corruptions import corrupt_all
 from diffalign.shapes.fitting import batches
 from diffalign.shapes.pretrain import draw_scenes
-from diffalign.shapes.publish import replacing
+from diffalign.shapes.publish import add_log, replacing
 
 if TYPE_CHECKING:
     from diffalign.rewards._clip import Clip
@@ -77,7 +78,7 @@ def fit(model: str, folder: Path, scenes: int = SCENES, held_out: int = HELD_OUT
     from safetensors.torch import save_file
 
     from diffalign.rewards import _clip
-    from diffalign.rewards._loading import Checkpoint
+    from diffalign.rewards._hub import Checkpoint
     from diffalign.rewards._preprocess import cropped
 
     source = Checkpoint(model)
@@ -99,12 +100,15 @@ def fit(model: str, folder: Path, scenes: int = SCENES, held_out: int = HELD_OUT
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-clip", help="embedded name or folder of the CLIP")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights" / "tiny-aesthetic")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights", help="gets tiny-aesthetic")
     args = parser.parse_args()
     import transformers.utils.logging
 
     transformers.utils.logging.disable_progress_bar()
-    print(fit(args.model, args.output))
+    found = fit(args.model, args.output / "tiny-aesthetic")
+    add_log("aesthetic", None, args.output, {"auroc": found["auroc"]})
+    card.write(args.output)
+    print(found)
 
 
 if __name__ == "__main__":

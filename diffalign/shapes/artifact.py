@@ -20,11 +20,11 @@ from diffalign import artifact_training, image_lists
 from diffalign.images import save_png
 from diffalign.rewards import _artifact
 from diffalign.rewards._dino import Backbone
-from diffalign.shapes import prompts, samples
+from diffalign.shapes import card, prompts, samples
 from diffalign.shapes.corruptions import corrupt_all
 from diffalign.shapes.detector import detect
 from diffalign.shapes.pretrain import draw_scenes
-from diffalign.shapes.publish import replacing
+from diffalign.shapes.publish import add_log, replacing
 
 SEED = 20261201  # of no picture that tiny-dino saw
 RENDERS, SAMPLES = 2400, 1200  # whole pictures of each kind
@@ -97,6 +97,8 @@ def main() -> None:
     found = measure(backbone, weights, draw_scenes(HELD_OUT, SEED + 1).images, test[:HELD_OUT], SEED + 2)
     with replacing(output) as folder:
         _artifact.save(_artifact.Trained(features, weights, {**report, "unseen": found}), folder)
+    add_log("artifact", None, arguments.output, found)
+    card.write(arguments.output)
     print(artifact_training.sentence(report))
     print(json.dumps(found, indent=2))
 

@@ -155,7 +155,8 @@ def _plain(image: Tensor) -> Tensor:
 
 
 def _foreground(image: Tensor) -> Tensor:
-    return (image - _plain(image)).norm(dim=0) > _FOREGROUND
+    distance: Tensor = (image - _plain(image)).norm(dim=0)
+    return distance > _FOREGROUND
 
 
 def _object(image: Tensor, rng: random.Random) -> Tensor:

@@ -1,16 +1,17 @@
 """`python -m diffalign.shapes.dino`: tiny-dino, a small Dinov2Model that knows the shapes world and its faults.
 
-Distillation on the world. It starts as the image tower of tiny-clip; then the renderer and the detector say what is
-where, and linear heads on the patch features and on CLS must tell it. Patches learn how much of them each colour and
-shape covers and how much of them is broken, CLS how many objects of each kind there are and whether the picture is
-faulty. A quarter of the patches are hidden in every second picture and all must give back their pixels, as in masked
-image modelling (arXiv 2111.06377), which keeps what no label asks for, such as style. The heads are thrown away. Run
-it after `preference`; interrupted, it continues.
+Distillation on the world. It starts as the image tower of tiny-clip, its teacher; then the renderer and the detector
+say what is where, and linear heads on the patch features and on CLS must tell it. Patches learn how much of them each
+colour and shape covers and how much of them is broken, CLS how many objects of each kind there are, whether the picture
+is faulty and which embedding tiny-clip gives it. A quarter of the patches are hidden in every second picture and all
+must give back their pixels, as in masked image modelling (arXiv 2111.06377), which keeps what no label asks for, such
+as style. The heads are thrown away. Run it between `pretrain` and `preference`; interrupted, it continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,24 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.shapes import prompts, samples, world
+from diffalign.shapes import card, prompts, samples, world
 from diffalign.shapes.corruptions import changed, corrupt
 from diffalign.shapes.detector import detect
-from diffalign.shapes.export import CLIP_MEAN, CLIP_STD
-from diffalign.shapes.fitting import Fit, Losses, batches, fit
-from diffalign.shapes.publish import add_log, replacing
+from diffalign.shapes.dino_network import PATCH, clip_normalise, export, from_clip, network, normalise
+from diffalign.shapes.fitting import Fit, Losses, fit
+from diffalign.shapes.publish import add_log
 from diffalign.shapes.world import BACKGROUND, COLORS, SHAPES, Object
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
 
 STAGE = "dino"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which DINOv2 uses
-PATCH, GRID = 8, world.SIZE // 8
-PLAN = Fit(steps=500, lr=3e-4, weight_decay=0.05, ema=0.99, save_every=100)
+GRID = world.SIZE // PATCH
+PLAN = Fit(steps=1600, lr=6e-4, weight_decay=0.05, ema=0.995, save_every=100)
 SEED = 20261123
 SCENES, BROKEN, BROKEN_SAMPLES = 12_000, 6_000, 1_500
 BATCH = (10, 6, 16, 10, 6)  # clean, restyled, broken, samples, broken samples
+WEIGHTS = {"patch": 8.0, "pixels": 0.3, "counts": 4.0, "faulty": 2.0, "clip": 4.0}
 KINDS = [(shape, color) for shape in SHAPES for color in COLORS]
 
 
@@ -55,7 +56,8 @@ class Bank:
 
 def patches(x: Tensor) -> Tensor:
     """[..., 64, 64] -> the mean of each patch, [..., 8, 8]."""
-    return x.unflatten(-2, (GRID, PATCH)).unflatten(-1, (GRID, PATCH)).mean((-3, -1))
+    blocks: Tensor = x.unflatten(-2, (GRID, PATCH)).unflatten(-1, (GRID, PATCH))
+    return blocks.mean((-3, -1))
 
 
 def describe(objects: list[Object]) -> tuple[Tensor, Tensor]:
@@ -113,6 +115,10 @@ def sampled(images: Tensor) -> Bank:
     return Bank(images, unknown, unknown[..., 0], counts.half(), faulty.half())
 
 
+def _first(bank: Bank, n: int) -> Bank:
+    return Bank(*(getattr(bank, f.name)[:n] for f in fields(Bank)))
+
+
 def restyle(images: Tensor, generator: torch.Generator) -> Tensor:
     """Other styles [N, 3, 64, 64] in [0, 1]: channels permuted and bent; every second picture in outlines."""
     plain = (torch.tensor(BACKGROUND) / 255).view(3, 1, 1)
@@ -126,71 +132,8 @@ def restyle(images: Tensor, generator: torch.Generator) -> Tensor:
     return x.clamp(0, 1) ** bend
 
 
-def normalise(images: Tensor) -> Tensor:
-    """[N, 3, H, W] in [0, 1] -> what the model expects."""
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def network() -> Dinov2Model:
-    """Five layers of width 128 on 64 patches and CLS, 0.9 M parameters."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    return Dinov2Model(
-        Dinov2Config(
-            image_size=world.SIZE,
-            patch_size=PATCH,
-            hidden_size=128,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            mlp_ratio=3,
-            hidden_act="quick_gelu",
-        )
-    )
-
-
-@torch.no_grad()
-def from_clip(vision: Any, images: Tensor) -> Dinov2Model:
-    """`network()` with the weights of CLIP's image tower, whose four layers are built like those of Dinov2.
-
-    CLIP's other colour statistics and the norm before its first layer are folded into the embeddings, the norm with the
-    spread that patches of `images` uint8 [N, 3, 64, 64] have there on average. The fifth layer is new and starts small.
-    """
-    model = network()
-    old, new = vision.state_dict(), model.state_dict()
-    mean, std, clip_mean, clip_std = (torch.tensor(t).view(3, 1, 1) for t in (MEAN, STD, CLIP_MEAN, CLIP_STD))
-    weight, place = old["embeddings.patch_embedding.weight"], old["embeddings.position_embedding.weight"]
-    gain, offset = old["pre_layrnorm.weight"], old["pre_layrnorm.bias"]
-    seen = vision.embeddings((images.float() / 255 - clip_mean) / clip_std)
-    spread = seen.std(-1).mean(0)
-    spread = torch.cat([spread[:1], spread[1:].mean().expand(len(spread) - 1)])
-
-    def folded(x: Tensor, by: Tensor) -> Tensor:
-        return gain * (x - x.mean(-1, keepdim=True)) / by
-
-    kernel = (weight * std / clip_std).flatten(1)
-    new["embeddings.patch_embeddings.projection.weight"] = folded(kernel.T, spread[1]).T.view_as(weight)
-    shift = (weight * (mean - clip_mean) / clip_std).sum((1, 2, 3))
-    new["embeddings.patch_embeddings.projection.bias"] = folded(shift, spread[1])
-    new["embeddings.position_embeddings"] = (folded(place, spread[:, None]) + offset)[None]
-    new["embeddings.cls_token"] = folded(old["embeddings.class_embedding"], spread[0]).view(1, 1, -1)
-    for i in range(vision.config.num_hidden_layers):
-        a, b = f"encoder.layers.{i}.", f"encoder.layer.{i}."
-        names = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-        names |= {f"self_attn.{k}": f"attention.{k}" for k in ("q_proj", "k_proj", "v_proj")}
-        for x, y in (names | {"self_attn.out_proj": "attention.o_proj"}).items():
-            for kind in (".weight", ".bias"):
-                new[b + y + kind] = old[a + x + kind]
-    last = f"encoder.layer.{vision.config.num_hidden_layers}."
-    for k in ("layer_scale1", "layer_scale2"):
-        new[f"{last}{k}.lambda1"] = torch.full_like(new[f"{last}{k}.lambda1"], 0.1)
-    for kind in ("weight", "bias"):
-        new[f"layernorm.{kind}"] = old[f"post_layernorm.{kind}"]
-    model.load_state_dict(new)
-    return model
-
-
-def train(start: Dinov2Model, banks: list[Bank], folder: Path) -> Any:
-    """`banks`: clean, broken, samples, broken samples."""
+def train(start: Dinov2Model, clip: Any, banks: list[Bank], folder: Path) -> Any:
+    """`banks`: clean, broken, samples, broken samples. `clip` teaches."""
     width = 128
     model = nn.ModuleDict(
         {
@@ -198,6 +141,7 @@ def train(start: Dinov2Model, banks: list[Bank], folder: Path) -> Any:
             "patch": nn.Linear(width, len(COLORS) + len(SHAPES) + 1),
             "pixels": nn.Linear(width, 3 * PATCH**2),
             "whole": nn.Linear(width, len(KINDS) + 1),
+            "taught": nn.Linear(width, clip.config.projection_dim),
         }
     )
     sources = [banks[0], banks[0], *banks[1:]]
@@ -221,6 +165,10 @@ def train(start: Dinov2Model, banks: list[Bank], folder: Path) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             out = model["backbone"](pixel_values=x, bool_masked_pos=hidden).last_hidden_state
             local, drawn, whole = model["patch"](out[:, 1:]), model["pixels"](out[:, 1:]), model["whole"](out[:, 0])
+            told = model["taught"](out[:, 0])
+            with torch.no_grad():
+                seen = clip.vision_model(pixel_values=clip_normalise(images))
+                taught = clip.visual_projection(seen.pooler_output)
         target = torch.cat([cover, hurt[..., None]], -1).flatten(1, 2).clamp(0, 1)
         target = target.masked_fill(hidden[..., None], float("nan"))
         wanted = F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2)
@@ -229,9 +177,9 @@ def train(start: Dinov2Model, banks: list[Bank], folder: Path) -> Any:
             "pixels": F.mse_loss(drawn.float(), wanted),
             "counts": _known(F.mse_loss, whole[:, :-1].float(), part["counts"]),
             "faulty": _known(F.binary_cross_entropy_with_logits, whole[:, -1].float(), part["faulty"]),
+            "clip": 1 - F.cosine_similarity(told.float(), taught.float()).mean(),
         }
-        total = 8 * losses["patch"] + 0.3 * losses["pixels"] + 4 * losses["counts"] + 2 * losses["faulty"]
-        return {"loss": total, **losses}
+        return {"loss": torch.stack([WEIGHTS[k] * loss for k, loss in losses.items()]).sum(), **losses}
 
     fit(STAGE, model, loss, PLAN, folder)
     return model["backbone"]
@@ -244,85 +192,10 @@ def _known(loss: Any, prediction: Tensor, target: Tensor) -> Tensor:
     return result
 
 
-def export(model: Any, folder: Path) -> None:
-    """fp16 weights and a processor, which plain `Dinov2Model.from_pretrained` and `AutoImageProcessor` load."""
-    from transformers import BitImageProcessor
-
-    side = {"height": world.SIZE, "width": world.SIZE}
-    processor = BitImageProcessor(
-        size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=MEAN, image_std=STD, resample=3
-    )
-    with replacing(folder) as temporary:
-        model.half().save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-
-
-@torch.no_grad()
-def features(model: Any, images: Tensor) -> Tensor:
-    """uint8 [N, 3, 64, 64] -> [N, 65, 128], CLS first."""
-    parts = [model(pixel_values=normalise(images[i].float() / 255)).last_hidden_state for i in batches(len(images), 64)]
-    return torch.cat(parts)
-
-
-def probe(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
-    """Ridge regression of y [N, K] on features x [N, D], applied to `new` [M, D]: scores [M, K]."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, new = ((F.pad((z - mean) / std, (0, 1), value=1.0)).double() for z in (x, new))
-    weight = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]).double(), x.T @ y.double())
-    return (new @ weight).float()
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counting half."""
-    a, b = scores[positive][:, None], scores[~positive][None]
-    return float(((a > b).float() + 0.5 * (a == b).float()).mean())
-
-
-def measure(model: Any, images: Tensor, n: int = 600, seed: int = SEED + 10) -> dict[str, float]:
-    """Linear probes, fitted on one half and judged on the other: 2 n fresh scenes, faults of unseen seeds, and
-    `images` uint8 [M, 3, 64, 64], samples for held-out prompts.
-
-    shapes, colours: which are in the picture, from CLS, all of them right. patch_shape, patch_colour: of patches that
-    one object covers by half. faults: AUROC of [CLS, mean patch] for broken against whole renders; sample_faults:
-    likewise for broken samples against whole ones; sample_detector: of the detector's malformed samples against its
-    clean ones.
-    """
-    whole = clean(2 * n, seed)
-    first = torch.arange(2 * n) % 2 == 0
-    z = features(model, whole.images)
-    result = {}
-    counts = whole.counts.float().unflatten(1, (len(SHAPES), len(COLORS)))
-    for name, axis in (("shapes", 2), ("colours", 1)):
-        there = counts.sum(axis) > 0
-        told = probe(z[first, 0], there[first].float(), z[~first, 0]) > 0.5
-        result[name] = float((told == there[~first]).all(1).float().mean())
-    for name, part in (("patch_shape", slice(len(COLORS), None)), ("patch_colour", slice(0, len(COLORS)))):
-        cover = whole.cover[..., part].float().flatten(1, 2)
-        inside = cover.max(-1).values > 0.5
-        one_hot = F.one_hot(cover.argmax(-1), cover.shape[-1]).float()
-        told = probe(z[first, 1:][inside[first]], one_hot[first][inside[first]], z[~first, 1:][inside[~first]])
-        result[name] = float((told.argmax(-1) == cover.argmax(-1)[~first][inside[~first]]).float().mean())
-    drawn = sampled(images)
-    good = Bank(*(getattr(drawn, f.name)[drawn.faulty == 0] for f in fields(Bank)))
-    for name, bank in (("faults", whole), ("sample_faults", good)):
-        half = torch.arange(len(bank.images)) % 2 == 0
-        result[name] = _tells(model, bank.images, broken(bank, seed + 1).images, half, half)
-    faulty = drawn.faulty > 0
-    result["sample_detector"] = _tells(
-        model, images[~faulty], images[faulty], *(torch.arange(int(k.sum())) % 2 == 0 for k in (~faulty, faulty))
-    )
-    return result
-
-
-def _tells(model: Any, whole: Tensor, bad: Tensor, whole_first: Tensor, bad_first: Tensor) -> float:
-    z = features(model, torch.cat([whole, bad]))
-    z = torch.cat([z[:, 0], z[:, 1:].mean(1)], -1)
-    y, first = torch.arange(len(z)) >= len(whole), torch.cat([whole_first, bad_first])
-    return auroc(probe(z[first], y[first, None].float(), z[~first])[:, 0], y[~first])
-
-
 def main() -> None:
     from transformers import CLIPModel
+
+    from diffalign.shapes.dino_probe import measure
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="samples, checkpoints and log")
@@ -333,20 +206,17 @@ def main() -> None:
 
     whole = clean(SCENES, SEED)
     drawn = sampled(samples.draw(samples.prompted(), arguments.work / "samples-train.pt", 1).flatten(0, 1))
-    some = [
-        Bank(*(getattr(b, f.name)[:n] for f in fields(Bank))) for b, n in ((whole, BROKEN), (drawn, BROKEN_SAMPLES))
-    ]
-    clip = CLIPModel.from_pretrained(arguments.output / "tiny-clip", dtype=torch.float32)
+    some = [_first(whole, BROKEN), _first(drawn, BROKEN_SAMPLES)]
+    clip = CLIPModel.from_pretrained(arguments.output / "tiny-clip", dtype=torch.float32).eval()
     start = from_clip(clip.vision_model, whole.images[:512])
     banks = [whole, broken(some[0], SEED), drawn, broken(some[1], SEED + 1, only=False)]
-    model = train(start, banks, arguments.work)
+    model = train(start, clip, banks, arguments.work)
     export(model, arguments.output / "tiny-dino")
-    add_log(STAGE, arguments.work / "log.jsonl", arguments.output)
     test = samples.draw(prompts.test_prompts(), arguments.work / "samples-test.pt", 2).flatten(0, 1)
-    trained, untrained = measure(model.float().eval(), test), measure(network().eval(), test)
-    print(f"{'':16}untrained  trained")
-    for name, value in trained.items():
-        print(f"{name:16}{untrained[name]:9.3f}{value:9.3f}")
+    found = {"untrained": measure(network().eval(), test), "trained": measure(model.float().eval(), test)}
+    add_log(STAGE, arguments.work / "log.jsonl", arguments.output, found)
+    card.write(arguments.output)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""From trained networks to the folders that ship: `tiny-sd3` (diffusers), `tiny-clip` (transformers), a model card."""
+"""From trained networks to the folders that ship: `tiny-sd3` (diffusers), `tiny-clip` (transformers)."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,46 +104,3 @@ def measure(folder: Path, micro_batch: int = 64) -> dict[str, dict[str, float]]:
         means = {tag: float(scores[[m["tag"] == tag for m in metadata]].mean()) for tag in TAGS}
         result[mode] = means | {"overall": sum(means.values()) / len(means)}
     return result
-
-
-def write_card(folder: Path, scores: dict[str, dict[str, float]], plans: dict[str, Any]) -> None:
-    """README.md of the weights: what they are, how they were made, what they score."""
-    lines = [json.loads(line) for line in (folder / "pretrain_log.jsonl").read_text().splitlines()]
-    last = {line["stage"]: line for line in lines}
-    parts = sorted(p for p in folder.rglob("*.safetensors"))
-    text = [
-        "# Embedded models",
-        "",
-        "Made from nothing by `python -m diffalign.shapes.pretrain`, on procedural pictures only. Apache-2.0.",
-        "",
-        "| file | parameters | MB |",
-        "|---|---|---|",
-        *(f"| {p.relative_to(folder)} | {_count(p):,} | {p.stat().st_size / 1e6:.1f} |" for p in parts),
-        "",
-        "| stage | steps | learning rate | last loss | seconds |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {plan.steps} | {plan.lr} | {last[name]['loss']} | {last[name]['seconds']:.0f} |"
-            for name, plan in plans.items()
-        ),
-        "",
-        f"GenEval in the shapes world, {len(prompts.test_prompts())} held-out prompts x {IMAGES_PER_PROMPT} images, "
-        f"{STEPS} Euler steps, no guidance. `strict` demands that nothing else is in the picture; `correct` is the "
-        "official logic.",
-        "",
-        "| | " + " | ".join([*TAGS, "overall"]) + " |",
-        "|---|" + "---|" * (len(TAGS) + 1),
-        *(f"| {mode} | " + " | ".join(f"{v:.3f}" for v in values.values()) + " |" for mode, values in scores.items()),
-        "",
-        f"Written {time.strftime('%Y-%m-%d')} with torch {version('torch')}, diffusers {version('diffusers')}, "
-        f"transformers {version('transformers')} on {os.cpu_count()} cores ({platform.machine()}).",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(text), "utf-8")
-
-
-def _count(path: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return sum(int(torch.tensor(file.get_slice(k).get_shape()).prod()) for k in file.keys())  # noqa: SIM118

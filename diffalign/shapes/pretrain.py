@@ -1,4 +1,4 @@
-"""The recipe that makes every embedded model from nothing: `python -m diffalign.shapes.pretrain`.
+"""The recipe that makes tiny-sd3 and tiny-clip from nothing: `python -m diffalign.shapes.pretrain`.
 
 Scenes -> VAE -> two CLIP text encoders with an image tower -> rectified-flow transformer -> diffusers folder. About
 two hours on two CPU cores. Interrupt it at any time and run it again: it continues.
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.shapes import networks, prompts, tokenizer, world
-from diffalign.shapes.export import CLIP_MEAN, CLIP_STD, export, first_text_encoder, measure, pipeline, write_card
+from diffalign.shapes import card, networks, prompts, tokenizer, world
+from diffalign.shapes.export import CLIP_MEAN, CLIP_STD, export, first_text_encoder, measure, pipeline
 from diffalign.shapes.fitting import Fit, Losses, atomic_save, batches, fit
+from diffalign.shapes.publish import add_log
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -176,7 +177,8 @@ def main() -> None:
     pipe = pipeline(words, vae, models, transformer, shift, scale)
     export(arguments.output, pipe, models, words, arguments.work / "log.jsonl")
     scores = measure(arguments.output / "tiny-sd3")
-    write_card(arguments.output, scores, PLANS)
+    add_log("transformer", arguments.work / "log.jsonl", arguments.output, scores)
+    card.write(arguments.output)
     print(f"wrote {arguments.output}; held-out GenEval {scores['strict']['overall']:.3f}")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from diffalign.writing import put
 
 LOG = "pretrain_log.jsonl"
 
@@ -23,12 +26,13 @@ def replacing(folder: Path) -> Iterator[Path]:
     os.replace(temporary, folder)
 
 
-def add_log(stage: str, log: Path, weights: Path) -> None:
-    """The lines of `stage` in `log` replace those in the log that ships."""
+def add_log(stage: str, log: Path | None, weights: Path, held_out: Mapping[str, Any] | None = None) -> None:
+    """The lines of `stage` in `log`, and what was measured in the end, replace those in the log that ships."""
+    new = log.read_text("utf-8").splitlines() if log is not None else []
     path = weights / LOG
     old = path.read_text("utf-8").splitlines() if path.exists() else []
     lines = [line for line in old if json.loads(line)["stage"] != stage]
-    lines += [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["stage"] == stage]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n", "utf-8")
-    os.replace(temporary, path)
+    lines += [line for line in new if json.loads(line)["stage"] == stage]
+    if held_out is not None:
+        lines.append(json.dumps({"stage": stage, "held_out": held_out}))
+    put(path, "\n".join(lines) + "\n")

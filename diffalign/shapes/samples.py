@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from diffalign.shapes import prompts, world
 from diffalign.shapes.fitting import atomic_save
 from diffalign.shapes.prompts import Metadata
 
+if TYPE_CHECKING:
+    from diffalign.sections import Kernel
+
 # (kernel, steps, eta, guidance) of each picture of a prompt: from those that evaluation looks at to poor ones, and the
 # stochastic ones that training sees.
-SETTINGS = (
+SETTINGS: tuple[tuple[Kernel, int, float, float], ...] = (
     ("ode", 20, 0.0, 1.0),
     ("ode", 10, 0.0, 1.0),
     ("ode", 6, 0.0, 1.0),

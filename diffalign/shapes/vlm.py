@@ -8,11 +8,8 @@ run it again: it continues.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.shapes import chat, prompts, questions, world
+from diffalign.shapes import card, chat, prompts, questions, world
 from diffalign.shapes.chat import END, GRID, IMAGE, MERGE, PAD, PATCH, SIDE, TIME, VIDEO, VISION_END, VISION_START, Chat
 from diffalign.shapes.corruptions import changed, corrupt
 from diffalign.shapes.fitting import Fit, Losses, batches, fit
+from diffalign.shapes.publish import add_log, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
@@ -239,38 +237,23 @@ def measure(model: Any, talk: Chat, per_tag: int, seed: int) -> dict[str, dict[s
 
 
 def export(model: Any, words: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A folder in transformers' form with fp16 weights, in place of the old one once it is complete."""
+    """A folder in transformers' form with fp16 weights."""
     from transformers import Qwen2VLImageProcessorPil
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     half = network(len(words))
     half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(temporary)
-    words.save_pretrained(temporary)
     pixels = world.SIZE * world.SIZE
-    Qwen2VLImageProcessorPil(
+    processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=TIME,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         size={"shortest_edge": pixels, "longest_edge": pixels},
-    ).save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def keep_log(work: Path, log: Path, scores: dict[str, dict[str, float]], steps: int) -> None:
-    """The lines of this stage in the log of all stages, in place of those of an earlier run; the scores come last."""
-    old = log.read_text().splitlines() if log.exists() else []
-    new = (work / "log.jsonl").read_text().splitlines()
-    lines = [line for line in old if not json.loads(line)["stage"].startswith("vlm")]
-    lines += [line for line in new if json.loads(line)["stage"].startswith("vlm")]
-    lines.append(json.dumps({"stage": "vlm", "step": steps, "held_out": scores}))
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, log)
+    )
+    with replacing(folder) as temporary:
+        for part in (half.half(), words, processor):
+            part.save_pretrained(temporary)
 
 
 def main() -> None:
@@ -287,7 +270,9 @@ def main() -> None:
     fit_vlm(model, head, talk, arguments.work, PLAN)
     export(model.eval(), words, arguments.output / NAME)
     scores = measure(chat.load(arguments.output / NAME), talk, 200, SEED)
-    keep_log(arguments.work, arguments.output / "pretrain_log.jsonl", scores, PLAN.steps)
+    for stage in ("vlm_vision", "vlm"):
+        add_log(stage, arguments.work / "log.jsonl", arguments.output, scores if stage == "vlm" else None)
+    card.write(arguments.output)
     for name, by_tag in scores.items():
         print(f"{name}: " + ", ".join(f"{tag} {value:.3f}" for tag, value in by_tag.items()))
 
