@@ -29,8 +29,11 @@ def lookup(package: str, name: str, base: type[M]) -> Any:
 
     Raises UserError for an unknown name (with the nearest known one) or a file that defines no such class.
     """
+    kind = package.rpartition(".")[2].rstrip("s")
     if "." in name:
         module_name, _, attribute = name.rpartition(".")
+        if module_name in available(package):
+            raise UserError(f"no {kind} is called '{name}'; write '{module_name}' and set its options")
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
@@ -43,7 +46,7 @@ def lookup(package: str, name: str, base: type[M]) -> Any:
             raise UserError(f"module '{module_name}' has no '{attribute}'") from error
     known = available(package)
     if name not in known:
-        raise UserError(f"unknown {package.rpartition('.')[2].rstrip('s')} '{name}'; {nearest(name, known)}")
+        raise UserError(f"unknown {kind} '{name}'; {nearest(name, known)}")
     module = importlib.import_module(f"{package}.{name}")
     found = [
         c

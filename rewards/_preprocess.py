@@ -32,19 +32,19 @@ def unit(x: Tensor, quantize: bool = True) -> Tensor:
 
 
 def resize(x: Tensor, size: tuple[int, int], method: Method = "bicubic", quantize: bool = True) -> Tensor:
-    """[B, C, H, W] -> [B, C, *size] in two passes, width first, then height, each clamped to [0, 1].
+    """[B, C, H, W] -> [B, C, *size] in two passes, one for each side, each clamped to [0, 1].
 
-    With `quantize` the values are Pillow's own, to the bit, for x in 8-bit levels, and the gradient is that of the
-    passes without rounding. (Since Pillow 13 the order is the reverse where the height shrinks much more than the
-    width; no encoder's view is so distorted.) One 2-D interpolation would be off by up to 10 grey levels at sharp
-    edges, for want of the clamp in between.
+    With `quantize` the values are those of Pillow (13 or later) to the bit, for x in 8-bit levels, and the gradient is
+    that of the passes without rounding. One 2-D interpolation would be off by up to 10 grey levels at sharp edges, for
+    want of the clamp in between.
     """
     import torch
     import torch.nn.functional as F
 
     x = x.float()
     graded = torch.is_grad_enabled() and x.requires_grad
-    for dim, shape in ((3, (x.shape[2], size[1])), (2, size)):
+    for dim in (2, 3) if _height_first(x.shape[2], x.shape[3], size) else (3, 2):
+        shape = (size[0], x.shape[3]) if dim == 2 else (x.shape[2], size[1])
         if tuple(x.shape[2:]) == shape:
             continue
         levels = _resampled(x.detach(), dim, shape[dim - 2], method) if quantize else None
@@ -53,6 +53,14 @@ def resize(x: Tensor, size: tuple[int, int], method: Method = "bicubic", quantiz
         if levels is not None:
             x = _through(x, levels) if graded else levels
     return x
+
+
+def _height_first(height: int, width: int, size: tuple[int, int]) -> bool:
+    """Pillow's order since version 13, to save work on tall pictures; older ones always begin with the width.
+
+    It matters to heads: the two orders differ by some levels at sharp edges of a picture over twice as tall as wide.
+    """
+    return height - size[0] > 2 * max(width - size[1], 0)
 
 
 def shortest(height: int, width: int, side: int) -> tuple[int, int]:

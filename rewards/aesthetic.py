@@ -36,6 +36,8 @@ class Aesthetic(Reward):
     """The affine head, 3.7 MB: a file, or a folder or hub id with `head_file`; by default the one for the model."""
     head_file: str | None = None
     """Name of the head's file in its folder."""
+    head_revision: str | None = None
+    """Branch, tag or commit of a hub id of the head."""
     local_files_only: bool = False
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
@@ -49,7 +51,10 @@ class Aesthetic(Reward):
     def checkpoints(self) -> list[Checkpoint]:
         """The CLIP, then the head."""
         head, file = EMBEDDED.get(self.model, OFFICIAL)
-        return [Checkpoint(self.model, self.revision), Checkpoint(self.head or head, None, (self.head_file or file,))]
+        return [
+            Checkpoint(self.model, self.revision),
+            Checkpoint(self.head or head, self.head_revision, (self.head_file or file,)),
+        ]
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _affine, _clip, _loading

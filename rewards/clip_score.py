@@ -38,6 +38,8 @@ class ClipScore(Reward):
     """Branch, tag or commit of a hub id."""
     processor: str | None = None
     """Where the tokenizer comes from; by default the model."""
+    processor_revision: str | None = None
+    """Likewise of the processor, where it is another hub id."""
     local_files_only: bool = False
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
@@ -52,7 +54,7 @@ class ClipScore(Reward):
     def checkpoints(self) -> list[Checkpoint]:
         """The model, then where its tokenizer comes from."""
         own = Checkpoint(self.model, self.revision)
-        return [own, Checkpoint(self.processor, None, TEXT) if self.processor else own]
+        return [own, Checkpoint(self.processor, self.processor_revision, TEXT) if self.processor else own]
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip

@@ -39,6 +39,8 @@ class Hpsv2(Reward):
     """Branch, tag or commit of a hub id."""
     processor: str | None = None
     """Where the tokenizer comes from; by default LAION's ViT-H for the official weights, else the model."""
+    processor_revision: str | None = None
+    """Likewise of the processor, where it is another hub id."""
     local_files_only: bool = False
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
@@ -58,7 +60,7 @@ class Hpsv2(Reward):
         """The weights, then where the tokenizer comes from."""
         own = Checkpoint(self.model, self.revision, (FILES[self.version],) if self.original else ())
         words = self.processor or (LAION if self.original else None)
-        return [own, Checkpoint(words, None, TEXT) if words else own]
+        return [own, Checkpoint(words, self.processor_revision, TEXT) if words else own]
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip

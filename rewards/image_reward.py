@@ -35,6 +35,8 @@ class ImageReward(Reward):
     """Branch, tag or commit of a hub id."""
     tokenizer: str = "google-bert/bert-base-uncased"
     """Folder or hub id of BERT's tokenizer."""
+    tokenizer_revision: str | None = None
+    """Likewise of the tokenizer."""
     heads: tuple[int, int] | None = None
     """Attention heads of image and text encoder; by default one for every 64 channels."""
     local_files_only: bool = False
@@ -48,7 +50,10 @@ class ImageReward(Reward):
 
     def checkpoints(self) -> list[Checkpoint]:
         """The weights, then the tokenizer."""
-        return [Checkpoint(self.model, self.revision, (FILE,)), Checkpoint(self.tokenizer, None, TEXT)]
+        return [
+            Checkpoint(self.model, self.revision, (FILE,)),
+            Checkpoint(self.tokenizer, self.tokenizer_revision, TEXT),
+        ]
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _affine, _blip, _loading

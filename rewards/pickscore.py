@@ -33,6 +33,8 @@ class Pickscore(Reward):
     """Branch, tag or commit of a hub id."""
     processor: str | None = None
     """Where the tokenizer comes from; by default the model, for the official one LAION's ViT-H as in its own code."""
+    processor_revision: str | None = None
+    """Likewise of the processor, where it is another hub id."""
     local_files_only: bool = False
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
@@ -48,7 +50,7 @@ class Pickscore(Reward):
         """The model, then where its tokenizer comes from."""
         own = Checkpoint(self.model, self.revision)
         words = self.processor or (LAION if self.model == OFFICIAL else None)
-        return [own, Checkpoint(words, None, TEXT) if words else own]
+        return [own, Checkpoint(words, self.processor_revision, TEXT) if words else own]
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip

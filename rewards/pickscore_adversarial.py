@@ -36,6 +36,8 @@ class PickscoreAdversarial(Reward):
     """Branch, tag or commit of a hub id."""
     processor: str | None = None
     """Where the tokenizer comes from; by default the model, for the official one LAION's ViT-H as in its own code."""
+    processor_revision: str | None = None
+    """Likewise of the processor, where it is another hub id."""
     local_files_only: bool = False
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
@@ -59,7 +61,7 @@ class PickscoreAdversarial(Reward):
         """The model, then where its tokenizer comes from."""
         own = Checkpoint(self.model, self.revision)
         words = self.processor or (LAION if self.model == OFFICIAL else None)
-        return [own, Checkpoint(words, None, TEXT) if words else own]
+        return [own, Checkpoint(words, self.processor_revision, TEXT) if words else own]
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip, _clip_critic, _references

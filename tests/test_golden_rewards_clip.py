@@ -100,7 +100,6 @@ def test_how_far_libraries_differ(case: dict[str, Any]) -> None:
 
     rough = normalise(torchvision_view(image))[0]
     agree(rough, where, values[ROUGH], case[ROUGH], ROUGH)
-    assert ((ours["hf_clip_pil"] - rough).abs() > LOOSE).float().mean() <= 0.02
     pairs = {
         "pil_vs_tvbackend": (reference, rough),
         "pil_vs_openclip": (ours["hf_clip_pil"], ours["open_clip"]),
@@ -126,7 +125,9 @@ def test_clip_scores() -> None:
     given, expected = arrays("clip_inputs"), load("rewards", "clip_scores")
     assert set(given) == {"pixel_values", "input_ids", "attention_mask"}
     images = _clip.embed_images(model, given["pixel_values"])
-    texts = _clip.embed_texts(model, given["input_ids"])  # needs no mask, for attention is causal
+    texts = _clip.embed_texts(model, given["input_ids"])
+    masked = model.get_text_features(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).pooler_output
+    torch.testing.assert_close(texts, F.normalize(masked, dim=-1))  # attention is causal, so it needs no mask
     cos, scale = (images * texts).sum(-1), float(model.logit_scale.exp())
     ours = {
         "image_embeds": images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from torch import Tensor
 from diffalign.rewards._preprocess import centre_crop, cropped, normalise, padded, resize, shortest, unit
 
 LEVEL = 1 / 255
+TALL = pytest.mark.skipif(PIL.__version__ < "13", reason="before Pillow 13 the width always comes first")
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
@@ -44,6 +46,9 @@ def pillow(x: Tensor, size: tuple[int, int], method: str = "bicubic") -> Tensor:
         ((50, 50), (50, 20)),
         ((70, 90), (140, 45)),
         ((256, 256), (224, 224)),
+        pytest.param((101, 50), (50, 25), marks=TALL),
+        ((100, 50), (50, 25)),  # the height loses just twice the pixels of the width, so the width comes first
+        pytest.param((60, 50), (59, 70), marks=TALL),
     ],
 )
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])

@@ -156,6 +156,7 @@ def test_bad_scores_are_user_errors(name: str, message: str) -> None:
         ([{"weight": 1.0}], "every reward needs a name"),
         ([here("PROMPTS")], "is a list; name a function or a Reward class"),
         (["nowhere.at_all"], "cannot import 'nowhere.at_all'"),
+        (["hpsv2.1"], "no reward is called 'hpsv2.1'; write 'hpsv2' and set its options"),
     ],
 )
 def test_bad_entries_are_user_errors(entries: list[Any], message: str) -> None:

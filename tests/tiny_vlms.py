@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
-from golden_data import ROOT
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -18,6 +16,14 @@ from diffalign.shapes import chat
 IMAGES = torch.rand(4, 3, 32, 64, generator=torch.Generator().manual_seed(3)).mul(255).round() / 255
 PROMPTS = ["a red circle", "two blue squares", "a green star above a red circle", "a red circle"]
 BLANK: list[dict[str, Any]] = [{}] * 4
+TEXT: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 16,
+    "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+}  # fmt: skip
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Vlm:
@@ -27,11 +33,13 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Vlm:
         "image_token_id": chat.IMAGE, "video_token_id": chat.VIDEO, "vision_start_token_id": chat.VISION_START,
         "vision_end_token_id": chat.VISION_END,
     }  # fmt: skip
-    stated = json.loads((ROOT / "rewards" / "vlm_tiny_config.json").read_text())
-    text, vision = stated["text_config"] | {"vocab_size": len(words)}, stated["vision_config"]
-    if family != "qwen3_vl":
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-        text["model_type"], vision = f"{family}_text", {"depth": 2, "patch_size": 14, "num_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text = TEXT | {"model_type": f"{family}_text", "vocab_size": len(words), "rope_parameters": rope}
+    vision: dict[str, Any] = VISION
+    if family == "qwen3_vl":
+        text["rope_parameters"] = rope | {"mrope_interleaved": True}
+    else:
+        vision = {"depth": 2, "patch_size": 14, "num_heads": 2}
         vision |= {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48, "fullatt_block_indexes": [0]}
         if family == "qwen2_vl":
             vision = {"depth": 2, "patch_size": 14, "num_heads": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
