@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--reward", action="append", required=True, help=HELP)
     scorers = rewards.build(parse(parser.parse_args().reward))
     judge = rewards.build(["geneval"])
-    results: dict[str, dict[str, object]] = {name: {"reward": name} for name in scorers}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in scorers}
+    counts: dict[str, int] = {}
     for kind, (metas, images) in pictures().items():
         flat, metadata = images.flatten(0, 1), [m for m in metas for _ in range(images.shape[1])]
         texts = [m["prompt"] for m in metadata]
@@ -94,10 +95,19 @@ def main() -> None:
         with torch.no_grad():
             outputs = rewards.score(scorers, flat, texts, metadata, 50)
         for name, output in outputs.items():
-            shares, pairs = agreement(exact, output.scores.view(len(metas), -1))
-            mean, low, high = np.mean(shares), *bootstrap_mean(shares)
-            results[name] |= {f"{kind} ({pairs} pairs)": f"{mean:.3f} [{low:.3f}, {high:.3f}]"}
-    print(table(list(results.values())))
+            found[name][kind], counts[kind] = agreement(exact, output.scores.view(len(metas), -1))
+    print(table([{"reward": name} | columns(shares, counts) for name, shares in found.items()]))
+
+
+def columns(shares: dict[str, list[float]], counts: dict[str, int]) -> dict[str, str]:
+    every = {"all": [share for part in shares.values() for share in part], **shares}
+    counts = {"all": sum(counts.values()), **counts}
+    return {f"{kind} ({counts[kind]} pairs)": told(part) for kind, part in every.items()}
+
+
+def told(shares: list[float]) -> str:
+    low, high = bootstrap_mean(shares)
+    return f"{np.mean(shares):.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":
