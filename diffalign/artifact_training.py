@@ -22,6 +22,7 @@ from diffalign.rewards._dino import Backbone
 from diffalign.types import UserError
 
 FEWEST = 10  # pictures of each kind
+USEFUL = 0.6  # AUROC below which nothing was learnt that one could tell from chance
 PATIENCE = 60  # halvings of the interval that holds the best temperature
 
 
@@ -193,8 +194,10 @@ def train(
 
 def sentence(report: Mapping[str, Any]) -> str:
     found, seen = report["validation"], report["training"]
+    useless = "; little better than chance: do not use it as a reward, give more pictures, or another --features"
     return (
         f"AUROC {found['auroc']:.3f}, balanced accuracy {found['balanced_accuracy']:.3f} on {found['clean']} clean and "
         f"{found['artifact']} artifact pictures held out of training on {seen['clean']} and {seen['artifact']} "
         f"(there {seen['auroc']:.3f} and {seen['balanced_accuracy']:.3f}); temperature {report['temperature']:.2f}"
+        f"{useless if found['auroc'] < USEFUL else ''}"
     )

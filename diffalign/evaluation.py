@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign import rewards
+from diffalign import rewards, validity
 from diffalign.images import grid, save_png
 from diffalign.rollout import collect, sample_seed
-from diffalign.types import Pipeline
+from diffalign.types import Pipeline, RewardOutput
 
 if TYPE_CHECKING:
     from diffalign.sections import Sampling
@@ -36,12 +36,14 @@ def evaluate(
     seed: int,
     micro_batch: int,
     accelerator: Accelerator,
-) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """(samples, images): one entry per prompt and image in order, on every process; images of the first ones shown."""
+) -> tuple[list[dict[str, Any]], list[Tensor], dict[str, float]]:
+    """(samples, images, invalid), on every process: one entry per prompt and image in order; images of the first ones
+    shown; shares of images that a reward could not score, see :func:`validity.invalid`."""
     pairs = [(p, j) for p in range(len(prompts)) for j in range(images_per_prompt)]
     mine = torch.arange(len(pairs)).tensor_split(accelerator.num_processes)[accelerator.process_index].tolist()
     samples: list[dict[str, Any]] = []
     shown: list[tuple[int, Tensor]] = []
+    outputs: dict[str, list[RewardOutput]] = {name: [] for name in scorers}
     for start in range(0, len(mine), micro_batch):
         rows = mine[start : start + micro_batch]
         metadata = [dict(prompts[pairs[i][0]]) for i in rows]
@@ -50,7 +52,10 @@ def evaluate(
         batch = collect(pipeline, metadata, group, seeds, sampling, (), micro_batch)
         assert batch.images is not None
         with torch.no_grad():
-            scores = {n: scorer(batch.images, batch.prompts, metadata).scores.tolist() for n, scorer in scorers.items()}
+            found = {n: scorer(batch.images, batch.prompts, metadata) for n, scorer in scorers.items()}
+        for n, output in found.items():
+            outputs[n].append(RewardOutput(output.scores, {"error": validity.reasons(output)}, output.valid))
+        scores = {n: output.scores.tolist() for n, output in found.items()}
         for k, i in enumerate(rows):
             samples.append({
                 "index": i,
@@ -58,12 +63,15 @@ def evaluate(
                 "tag": metadata[k].get("tag", ""),
                 "seed": int(seeds[k]),
                 "scores": {n: None if math.isnan(values[k]) else values[k] for n, values in scores.items()},
+                "errors": {n: o[-1].extra["error"][k] for n, o in outputs.items() if o[-1].extra["error"][k]},
             })  # fmt: skip
             if i < SHOWN * images_per_prompt and i % images_per_prompt == 0:
                 shown.append((i, batch.images[k].cpu()))
+    nothing = RewardOutput(torch.empty(0), {"error": []}, torch.empty(0, dtype=torch.bool))
+    invalid = validity.invalid({n: rewards.joined([nothing, *o]) for n, o in outputs.items()}, "the evaluation")
     every = sorted(gather_object(samples), key=lambda s: s["index"])
     pictures = sorted(gather_object(shown), key=lambda s: s[0])
-    return every, [image for _, image in pictures]
+    return every, [image for _, image in pictures], invalid
 
 
 def write(

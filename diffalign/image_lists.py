@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,9 @@ def find(images: str, prompt_file: str | None = None) -> list[Listed]:
     found = [(p.name, p, {}) for p in _inside(source)] if plain else list(_records(source))
     if not found:
         raise UserError(f"'{images}' holds no image ({', '.join(SUFFIXES)})" if plain else f"'{images}' lists no image")
+    strange = next((name for name, *_ in found if not _is_text(name)), None)
+    if strange is not None:
+        raise UserError(f"the file name {strange!r} in '{images}' is not UTF-8; rename it")
     if prompt_file is not None:
         found = _with_prompts(found, prompts.load(prompt_file), plain, prompt_file)
     return [Listed(path, _size(path), name, metadata) for name, path, metadata in found]
@@ -62,14 +66,11 @@ def read(listed: Listed) -> Tensor:
     """[3, H, W] fp32 in [0, 1]; transparency is dropped. Raises UserError for a damaged file."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    try:
-        with Image.open(listed.path) as image:
-            upright = ImageOps.exif_transpose(image) if _turned(image) else image
-            pixels = np.array(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(_unreadable(listed.path, error)) from error
+    with _opened(listed.path) as image:
+        upright = ImageOps.exif_transpose(image) if _turned(image) else image
+        pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -95,10 +96,10 @@ def _records(path: Path) -> Iterable[tuple[str, Path, dict[str, Any]]]:
     try:
         text = path.read_text("utf-8")
         lines = path.suffix.lower() == ".jsonl"
-        entries = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+        entries = [prompts.parse(line) for line in text.split("\n") if line.strip()] if lines else prompts.parse(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read '{path}': {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"'{path}' is not valid JSON: {error}") from error
     if not isinstance(entries, list):
         raise UserError(f'\'{path}\' must hold a list of objects such as {{"image": "a.png", "prompt": "a cat"}}')
@@ -142,21 +143,36 @@ def _with_prompts(
 
 
 def _size(path: Path) -> tuple[int, int]:
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"'{path}' has more than 8 bits a channel; save it as an 8-bit image")
+        width, height = image.size
+        return (width, height) if _turned(image) in _SIDEWAYS else (height, width)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Raises UserError for what cannot be read; what Pillow warns of can be, such as odd EXIF."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"'{path}' has more than 8 bits a channel; save it as an 8-bit image")
-            width, height = image.size
-            return (width, height) if _turned(image) in _SIDEWAYS else (height, width)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(_unreadable(path, error)) from error
 
 
 def _turned(image: Image.Image) -> int:
     """The EXIF orientation, 0 for none. PNGs are upright: theirs may follow the pixels, which would all be read."""
-    return 0 if image.format == "PNG" else int(image.getexif().get(_ORIENTATION, 0))
+    turned = 0 if image.format == "PNG" else image.getexif().get(_ORIENTATION, 0)
+    return turned if isinstance(turned, int) else 0
+
+
+def _is_text(name: str) -> bool:
+    """Not so are file names of other encodings, whose bytes Python keeps as surrogates."""
+    return name.encode("utf-8", "ignore").decode("utf-8") == name
 
 
 def _unreadable(path: Path, error: Exception) -> str:

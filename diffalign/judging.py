@@ -9,14 +9,13 @@ from torch import Tensor
 from diffalign.rewards import shaped
 from diffalign.run import Run
 from diffalign.types import RewardOutput, Rollout, Stopped
-
-INVALID = 0.2  # share of the images above which a reward that cannot score them stops the run
+from diffalign.validity import invalid
 
 
 def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> dict[str, float]:
     """Set the advantages from the rewards of all processes; returns what to log of them."""
     rollout.rewards = {name: outputs[name].scores for name in run.scorers}
-    logged = invalid(run, outputs)
+    logged = invalid(outputs, f"epoch {run.epoch + 1}")
     method = run.config.advantage
     by_name = {name: s.reward for name, s in run.scorers.items()}
     mine = {"group": rollout.group.cpu(), **{name: r.cpu() for name, r in rollout.rewards.items()}}
@@ -48,26 +47,4 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
         if len(valid) < len(r):
             logged[f"applies/{name}"] = len(valid) / len(r)
     run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
-    return logged
-
-
-def invalid(run: Run, outputs: dict[str, RewardOutput]) -> dict[str, float]:
-    """Share of the images that a reward could not score, of those it applies to; above the limit the run stops."""
-    mine = {}
-    for name, output in outputs.items():
-        assert output.valid is not None
-        reasons = [e for e in output.extra.get("error", []) if e is not None]
-        mine[name] = (int((~output.valid).sum()), int((~output.scores.isnan()).sum()), reasons[:1])
-    logged = {}
-    every = gather_object([mine])
-    for name in run.scorers:
-        failed, scored = (sum(part[name][k] for part in every) for k in (0, 1))
-        reasons = [reason for part in every for reason in part[name][2]]
-        if failed:
-            logged[f"invalid/{name}"] = failed / (failed + scored)
-        if failed > INVALID * (failed + scored):
-            raise Stopped(
-                f"reward '{name}' could not score {failed} of the {failed + scored} images of epoch {run.epoch + 1}, "
-                f"more than {INVALID:.0%}: {reasons[0] if reasons else 'it gave no reason'}; the last checkpoint stays"
-            )
     return logged

@@ -41,9 +41,25 @@ def load(source: str) -> list[dict[str, Any]]:
 
 def _record(line: str, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON: {error.msg}") from error
+        record = parse(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise UserError(f'{place}: expected an object with a text under "prompt"')
     return record
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, which says why, for what nobody could use."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError:
+        raise
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no text; write whole characters") from error
+    except RecursionError as error:
+        raise ValueError("it nests too deeply; make it flatter") from error
+    except ValueError as error:  # CPython's limit of digits
+        raise ValueError("a number has thousands of digits; shorten it") from error
+    return value

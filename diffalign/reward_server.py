@@ -13,15 +13,18 @@ import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from diffalign import rewards
 from diffalign.rewards import _wire
+from diffalign.rewards._server import own
 from diffalign.types import UserError
 
-SECONDS = 60  # that a client may take to say the next bit
-AT_ONCE = 8  # bodies that are held in memory together
+SECONDS = 10  # that a client may take to say the next bit
+AT_ONCE = 2  # requests whose images are decoded: one is scored, the next one made ready
+HELD = 4  # times the largest request: bytes of bodies in memory
 DRAINED = 1 << 26  # bytes of a refused body that are read all the same, for its sender to hear why
 
 
@@ -45,6 +48,7 @@ class RewardServer(ThreadingHTTPServer):
     ) -> None:
         self.scorer, self.batch, self.largest, self.token = scorer, batch, largest, token
         self.turn, self.room = threading.Lock(), threading.BoundedSemaphore(AT_ONCE)
+        self.held, self.counting = 0, threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
@@ -52,13 +56,24 @@ class RewardServer(ThreadingHTTPServer):
             raise UserError(
                 f"cannot listen on {host}, port {port}: {error}; choose another --port or --host"
             ) from error
+        self.private = own(str(self.server_address[0]))
 
     @torch.no_grad()
-    def score(self, body: bytes) -> dict[str, Any]:
-        images, prompts, metadata = _wire.read_question(body)
-        with self.turn:
-            found = rewards.score({"it": self.scorer}, images, prompts, metadata, self.batch)
-        return _wire.answer(found["it"])
+    def score(self, body: bytearray) -> dict[str, Any]:
+        with self.room:
+            images, prompts, metadata = _wire.read_question(body)
+            with self.turn:
+                parts = [slice(i, i + self.batch) for i in range(0, len(images), self.batch)]
+                found = [self.scorer(images[i].float() / 255, prompts[i], metadata[i]) for i in parts]
+        return _wire.answer(rewards.joined(found))
+
+    def hold(self, size: int) -> bool:
+        """Count so many more bytes of bodies, less when negative; False, and not counted, when they are too many."""
+        with self.counting:
+            if size > 0 and self.held + size > HELD * self.largest:
+                return False
+            self.held += size
+            return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no news; anything else is told in full here, and not to the client."""
@@ -89,11 +104,20 @@ class Handler(BaseHTTPRequestHandler):
         elif length > self.server.largest:
             self._refuse(413, f"the request has {length} bytes, at most {self.server.largest} are taken")
         else:
-            with self.server.room:
-                self._say(*self._scored(length))
+            self._score(length)
 
-    def _scored(self, length: int) -> tuple[int, Any]:
-        body = self.rfile.read(length)
+    def _score(self, length: int) -> None:
+        body = bytearray()
+        try:
+            while len(body) < length and (part := self.rfile.read1(min(length - len(body), 1 << 16))):
+                if not self.server.hold(len(part)):
+                    return self._refuse(503, "too many requests at once; ask again later")
+                body += part
+            self._say(*self._scored(body))
+        finally:
+            self.server.hold(-len(body))
+
+    def _scored(self, body: bytearray) -> tuple[int, Any]:
         try:
             return 200, self.server.score(body)
         except _wire.Refused as error:
@@ -105,6 +129,10 @@ class Handler(BaseHTTPRequestHandler):
             return 500, f"the reward failed: {type(error).__name__}"
 
     def _allowed(self) -> bool:
+        # a web page that the user has open can make its own name lead to this machine, and read what is answered
+        if self.server.private and not own(_name(self.headers.get("Host", "localhost"))):
+            self._refuse(403, "this server answers to localhost alone; ask for it by that name")
+            return False
         given, token = self.headers.get("Authorization", ""), self.server.token
         if token is None or hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return True
@@ -132,3 +160,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """No line for every request."""
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

@@ -17,7 +17,10 @@ from tqdm import tqdm
 from diffalign.image_lists import Listed, batches, read
 from diffalign.rewards import Scorer
 from diffalign.types import RewardOutput, UserError
+from diffalign.validity import INVALID
 from diffalign.writing import put
+
+LARGEST = 4096  # numbers of a map in a text file; 37 x 37 patches are DINOv2's
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class Scored:
 
 
 @torch.no_grad()
-def score(images: Sequence[Listed], scorers: Mapping[str, Scorer], batch: int) -> list[Scored]:
-    """Score in the order given; up to `batch` images of one size are taken at once, and none is kept."""
-    results = [Scored(image) for image in images]
+def score(results: Sequence[Scored], scorers: Mapping[str, Scorer], batch: int) -> None:
+    """Fill in what is empty; up to `batch` images of one size are taken at once, and none is kept."""
+    images = [r.image for r in results]
     with tqdm(total=len(images), disable=not sys.stderr.isatty()) as bar:
         for part in batches(images, batch):
             pixels = torch.stack([read(images[i]) for i in part])
@@ -44,7 +47,18 @@ def score(images: Sequence[Listed], scorers: Mapping[str, Scorer], batch: int) -
                 for k, i in enumerate(part):
                     _note(results[i], name, output, k)
             bar.update(len(part))
-    return results
+
+
+def kept(results: Sequence[Scored], path: Path, rewards: int) -> str:
+    """Write the images that all `rewards` have scored, when the others cannot be; says how many."""
+    done = [r for r in results if len(r.scores) == rewards]
+    if not done:
+        return "no image was scored before"
+    try:
+        write(done, path)
+    except UserError as error:
+        return str(error)
+    return f"{len(done)} of {len(results)} images are in {path}"
 
 
 def _note(result: Scored, name: str, output: RewardOutput, k: int) -> None:
@@ -57,9 +71,11 @@ def _note(result: Scored, name: str, output: RewardOutput, k: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON holds it; None for what it cannot hold, and for tensors of more than one number."""
+    """The value as JSON holds it, maps in 4 digits; None for what it cannot hold, and for large tensors."""
     if isinstance(value, torch.Tensor):
-        return _plain(value.item()) if value.numel() == 1 else None
+        if value.numel() > LARGEST:
+            return None
+        return _plain(value.item() if value.numel() == 1 else value.double().round(decimals=4).tolist())
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -83,8 +99,8 @@ def write(results: Sequence[Scored], path: Path) -> None:
         for r in results
     ]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put(path, "\n".join(lines) + "\n")
+        # the escapes are JSON's as well: what a head says may hold half of a surrogate pair
+        put(path, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"could not write '{path}': {error.strerror}; give another --output") from error
 
@@ -117,3 +133,15 @@ def failures(results: Sequence[Scored]) -> list[str]:
             if not fine:
                 said.setdefault(name, f"{name}: {r.image.name!r}: {r.details.get(name, {}).get('error', 'not valid')}")
     return list(said.values())
+
+
+def refuse_invalid(results: Sequence[Scored]) -> None:
+    """Raises UserError when a reward could not score more than `INVALID` of the images that it applies to."""
+    for name in results[0].scores:
+        failed = sum(not r.valid[name] for r in results)
+        applies = failed + sum(not math.isnan(r.scores[name]) for r in results)
+        if failed > INVALID * applies:
+            raise UserError(
+                f"'{name}' could not score {failed} of the {applies} images that it applies to, more than "
+                f"{INVALID:.0%}; the table says why"
+            )

@@ -6,8 +6,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,8 @@ def _train(config: Config, resume: str | None) -> Path:
         with Interrupt() as interrupt:
             evaluate_if_due(run)
             while run.epoch < config.trainer.epochs:
-                try:
+                with saved_if_stopped(run):
                     stopping = asked(interrupt) or not epoch(run, interrupt) or asked(interrupt)
-                except Stopped:
-                    if run.between and run.epoch:
-                        save(run)
-                    raise
                 last = run.epoch == config.trainer.epochs
                 if run.epoch and (stopping or last or due(config.checkpoint.every, run.epoch)):
                     save(run)
@@ -95,6 +91,16 @@ def _train(config: Config, resume: str | None) -> Path:
     finally:
         run.tracker.close()
     return run.folder
+
+
+@contextmanager
+def saved_if_stopped(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except Stopped:
+        if run.between and run.epoch:
+            save(run)
+        raise
 
 
 def asked(interrupt: Interrupt) -> bool:
@@ -234,14 +240,14 @@ def evaluate_if_due(run: Run) -> None:
     due = every and (last or run.epoch % every == 0) and not (run.folder / "eval" / f"{run.epoch:04d}.json").exists()
     if not gather_object([due])[0]:  # as the main process sees the folder
         return
-    with run.ema.applied() if run.ema is not None else nullcontext():
-        samples, images = evaluation.evaluate(
+    with saved_if_stopped(run), run.ema.applied() if run.ema is not None else nullcontext():
+        samples, images, invalid = evaluation.evaluate(
             run.pipeline, run.test_prompts, c.evaluation.images_per_prompt, c.evaluation_sampling, run.eval_scorers,
             c.seed, c.trainer.micro_batch, run.accelerator,
         )  # fmt: skip
     values = evaluation.means(samples)
     with by_main(run) as main:
-        run.tracker.log(run.epoch, "eval", values | {"seconds": time.monotonic() - began})
+        run.tracker.log(run.epoch, "eval", values | invalid | {"seconds": time.monotonic() - began})
         if main:
             with writing(f"the evaluation of epoch {run.epoch}", run.folder, rescue=lambda: write_checkpoint(run)):
                 evaluation.write(run.folder, run.epoch, samples, images, c.evaluation.steps, began)

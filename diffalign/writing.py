@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ REMEDIES = {
     errno.EDQUOT: "free some space",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
 }
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextmanager
@@ -58,12 +60,46 @@ def _way_on(run: Path, number: int) -> str:
     return f"the newest complete checkpoint is {found[-1]}; {remedy} and go on with --resume auto"
 
 
-def put(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+def put(path: Path, data: str | bytes) -> None:
+    """Write a file, whole or not at all. A link stays one, and pipes and devices are written into."""
+    data = data.encode("utf-8") if isinstance(data, str) else data
+    if str(path) in STREAMS:  # which may be half a file by now: opened again it would be written from its start
+        sys.stdout.flush()
+        with open(STREAMS[str(path)], "wb", closefd=False) as stream:
+            stream.write(data)
+        return
+    if _special(path):
+        path.write_bytes(data)
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def try_out(path: Path) -> None:
+    """Raises OSError where `put` could not write; what is there stays as it is, folders on the way are made."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if str(path) not in STREAMS and not _special(path):
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.touch()
+        temporary.unlink()
+
+
+def _special(path: Path) -> bool:
+    """Such as a pipe or a device, whose place no file must take."""
+    return path.exists() and not path.is_file()
 
 
 def sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import PrivateAttr, ValidationError
 
+from diffalign.listing import nearest
 from diffalign.methods import Method, lookup
 from diffalign.shaping import Shape
 from diffalign.types import RewardOutput, UserError
@@ -32,6 +33,8 @@ class Reward(Method):
 
     needs_prompt: ClassVar[bool] = True
     """The scores depend on the prompt or its metadata."""
+    abstains: ClassVar[bool] = True
+    """NaN says that the reward does not apply to an image; where this is False it is a failure, and not valid."""
     learns: ClassVar[bool] = False
     """`setup` returns a `Learner`, which the trainer shows every epoch's images before they are scored."""
 
@@ -132,18 +135,30 @@ class Scorer:
                 f"but returned {scores.dtype} of shape {list(scores.shape)}"
             )
         scores = scores.float()
-        valid = (
-            scores.new_ones(scores.shape, dtype=torch.bool) if given.valid is None else given.valid.to(images.device)
-        )
+        valid = torch.ones_like(scores, dtype=torch.bool)
+        if given.valid is not None:
+            valid = torch.as_tensor(given.valid, device=images.device)
+            if valid.shape != scores.shape or valid.dtype != torch.bool:
+                raise UserError(
+                    f"reward '{name}' must say of each image whether its score is valid, {len(prompts)} booleans, "
+                    f"but gave {valid.dtype} of shape {list(valid.shape)}"
+                )
+        extra = given.extra
+        failed = scores.isnan() & valid
+        if not self.reward.abstains and failed.any():
+            valid = valid & ~failed
+            said = extra.get("error") or [None] * len(prompts)
+            why = ["the score is not a number" if f else e for f, e in zip(failed.tolist(), said, strict=True)]
+            extra = {**extra, "error": why}
         scores = scores.masked_fill(~valid, torch.nan)
         infinite = scores.detach().isinf().nonzero()
         if len(infinite):
             prompt = prompts[int(infinite[0])]
             raise UserError(f"reward '{name}' gave an infinite score for the prompt {prompt!r}; return NaN to abstain")
-        for entry, values in given.extra.items():
+        for entry, values in extra.items():
             if len(values) != len(prompts):
                 raise UserError(f"reward '{name}', extra '{entry}' must have one entry an image, {len(prompts)} in all")
-        return RewardOutput(scores, given.extra, valid)
+        return RewardOutput(scores, extra, valid)
 
 
 def resolve(entry: str | Mapping[str, Any] | Reward) -> Reward:
@@ -160,12 +175,16 @@ def resolve(entry: str | Mapping[str, Any] | Reward) -> Reward:
     is_head = inspect.isclass(found) and issubclass(found, Reward)
     if not is_head and not callable(found):
         raise UserError(f"reward '{options['name']}' is a {type(found).__name__}; name a function or a Reward class")
+    kind: type[Reward] = found if is_head else FunctionReward
     try:
-        reward: Reward = (found if is_head else FunctionReward).model_validate(options)
+        reward = kind.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "options"
-        raise UserError(f"reward '{options['name']}', {where}: {first['msg'].lower()}") from error
+        where = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ").replace("Input", "input", 1)
+        if first["type"] == "extra_forbidden":
+            said = f"there is no such option; {nearest(where, sorted(set(kind.model_fields) - {'name'}))}"
+        raise UserError(f"reward '{options['name']}'{', ' * bool(where)}{where}: {said}") from error
     if isinstance(reward, FunctionReward):
         reward._function = found
     return reward

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,14 +43,11 @@ class Features:
 
     def load(self, dtype: _loading.Dtype, device: torch.device | str, local_files_only: bool) -> _dino.Backbone:
         """Raises UserError for another kind of model, or a size that does not fit."""
-        from transformers import AutoConfig, CLIPVisionModel
+        from transformers import CLIPVisionModel
 
         checkpoint = Checkpoint(self.model, self.revision)
         source = checkpoint.folder(local_files_only)
-        try:
-            kind = AutoConfig.from_pretrained(source).model_type
-        except Exception as error:  # no config.json, or one that transformers cannot read
-            raise UserError(f"'{self.model}' is no transformers checkpoint ({error}); give a DINO or a CLIP") from error
+        kind = _loading.configuration(source, self.model, "a DINO or a CLIP").model_type
         if not kind.startswith("clip"):
             return _dino.load(checkpoint, self.size, dtype, device, local_files_only)
         whole = kind == "clip"
@@ -147,9 +143,7 @@ def save(trained: Trained, folder: Path) -> None:
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{WEIGHTS}.tmp"
-    temporary.write_bytes(to_bytes({k: t.detach().cpu().contiguous() for k, t in trained.weights.items()}))
-    os.replace(temporary, folder / WEIGHTS)
+    put(folder / WEIGHTS, to_bytes({k: t.detach().cpu().contiguous() for k, t in trained.weights.items()}))
     note = {"features": asdict(trained.features), "report": dict(trained.report)}
     put(folder / NOTE, json.dumps(note, indent=2) + "\n")
 

@@ -144,7 +144,7 @@ class Remote:
                 return error
             return Told(tokens, torch.tensor(logp))
 
-        return list(self.client.pool.map(one, questions, labels))
+        return self.client.pool.map(one, questions, labels)
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | Failed]:
         def one(question: Question) -> Answer | Failed:
@@ -153,7 +153,7 @@ class Remote:
             except Failed as error:
                 return error
 
-        return list(self.client.pool.map(one, questions))
+        return self.client.pool.map(one, questions)
 
 
 def local(vlm: Vlm, yes: Sequence[str], no: Sequence[str]) -> Local:

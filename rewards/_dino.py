@@ -77,7 +77,7 @@ def load(
     if config.model_type not in KINDS:
         raise UserError(f"'{model.model}' is a model of type '{config.model_type}'; use one of {', '.join(KINDS)}")
     side = config.image_size if side is None else side
-    if side % config.patch_size:
+    if side < 1 or side % config.patch_size:
         raise UserError(f"size {side} is no multiple of the {config.patch_size} pixels of a patch of '{model.model}'")
     if layers and not 0 <= min(layers) <= max(layers) < config.num_hidden_layers:
         raise UserError(f"layers must be among 0 to {config.num_hidden_layers - 1} of '{model.model}', got {[*layers]}")

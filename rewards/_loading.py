@@ -119,7 +119,7 @@ def configuration(source: str, name: str, wanted: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # no config.json, or one that transformers cannot read
         raise UserError(f"'{name}' is no transformers checkpoint ({complaint(error)}); give {wanted}") from error
 
@@ -139,7 +139,7 @@ def tokenizer(source: str, words: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(source)
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # likewise
         raise UserError(f"cannot load the tokenizer of '{source}' ({complaint(error)}); download it again") from error
     # without its files transformers gives one of special tokens alone, to which every prompt looks alike

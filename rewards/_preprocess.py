@@ -10,10 +10,13 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from diffalign.types import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 ONE = 1 << 22  # Pillow's weights are whole numbers of these parts
+THIN = 20  # times as long as wide; more is no picture
 Crop = Literal["hf", "torchvision"]
 Method = Literal["bicubic", "bilinear"]
 
@@ -64,10 +67,17 @@ def _height_first(height: int, width: int, size: tuple[int, int]) -> bool:
 
 
 def shortest(height: int, width: int, side: int) -> tuple[int, int]:
-    """Size with the shorter side `side`; the longer one is rounded down."""
+    """Size with the shorter side `side`; the longer one is rounded down. Raises UserError for a thin strip."""
+    _check(height, width)
     if height <= width:
         return side, int(side * width / height)
     return int(side * height / width), side
+
+
+def _check(height: int, width: int) -> None:
+    """A thin strip would grow into a huge picture of which a small square is kept."""
+    if max(height, width) > THIN * min(height, width):
+        raise UserError(f"a picture of {width} x {height} is too thin to score; crop it to at most {THIN}:1")
 
 
 def centre_crop(x: Tensor, side: int, rule: Crop = "hf") -> Tensor:
@@ -96,6 +106,7 @@ def padded(x: Tensor, side: int, antialias: bool = True, quantize: bool = True) 
     """HPSv2's way: the longer side to `side`, black borders. The resized values are neither rounded nor clamped."""
     import torch.nn.functional as F
 
+    _check(x.shape[2], x.shape[3])
     x = unit(x, quantize)
     scale = side / max(x.shape[2:])
     height, width = (round(n * scale) for n in x.shape[2:])

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.prompts import parse
 from diffalign.types import UserError
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def _unpaired(folder: Path) -> References:
 
 def _paired(path: Path) -> References:
     try:
-        table = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        table = parse(path.read_text("utf-8"))
+    except ValueError as error:
         raise UserError(f"the references '{path}' are not JSON: {error}") from error
     if not isinstance(table, dict) or not table:
         raise UserError(f"the references '{path}' must be {{prompt: [file, ...]}} with at least one prompt")

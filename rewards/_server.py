@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import ipaddress
 import json
 import math
 import os
-import time
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -20,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from diffalign.rewards._pool import Pool, stopped
+from diffalign.rewards._wire import line, png
 from diffalign.types import UserError
 
 if TYPE_CHECKING:
@@ -53,9 +53,16 @@ class Server(BaseModel):
     @field_validator("url")
     @classmethod
     def _root(cls, url: str) -> str:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"'{url}' is no address of a server; write it as http://localhost:8000")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host = (parts.hostname or "").encode("idna")
+            right = parts.scheme in ("http", "https") and host and parts.port != 0 and parts.path.isascii()
+        except ValueError:
+            right = False
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            raise ValueError(f"'{_masked(url)}' has a user or password, which are not sent; give a key with key_env")
+        if not right or parts.query or parts.fragment:
+            raise ValueError(f"'{_masked(url)}' is no address of a server; write it as http://localhost:8000")
         return url.rstrip("/").removesuffix("/v1")
 
 
@@ -69,7 +76,7 @@ class Client:
 
     server: Server
     model: str
-    pool: ThreadPoolExecutor
+    pool: Pool
 
     def answer(self, images: Sequence[Tensor], text: str) -> dict[str, float]:
         """Log-probabilities of the likeliest next tokens, at most 20, by their spelling. Raises Failed."""
@@ -156,34 +163,36 @@ def connect(server: Server, model: str | None) -> Client:
         raise UserError(f"{error}; start the server, or mend server.url") from error
     if not names or (model is not None and model not in names):
         raise UserError(
-            f"{server.url} serves {', '.join(names) or 'no model'}, not '{model}'; set `model` to one of them"
+            f"{server.url} serves {line(', '.join(names)) or 'no model'}, not '{model}'; set `model` to one of them"
         )
-    return Client(server, model or names[0], ThreadPoolExecutor(server.concurrency))
+    return Client(server, model or names[0], Pool(server.concurrency))
 
 
 def request(server: Server, path: str, body: bytes | None = None) -> Any:
     """The JSON that the server answers with. Raises Failed."""
     headers = {"Content-Type": "application/json"} | _key(server)
     asked = urllib.request.Request(server.url + path, body, headers)
-    host = urllib.parse.urlsplit(server.url).hostname
     # a proxy cannot reach this machine's own addresses
-    own = host in ("localhost", "::1") or str(host).startswith("127.")
-    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if own else [])
+    direct = [urllib.request.ProxyHandler({})] if own(urllib.parse.urlsplit(server.url).hostname or "") else []
+    opener = urllib.request.build_opener(_Stay, *direct)
     for attempt in range(server.retries + 1):
-        if attempt:
-            time.sleep(server.backoff * 2 ** (attempt - 1))
+        if stopped(server.backoff * 2 ** (attempt - 1) if attempt else 0):
+            raise Failed(f"{server.url}{path} was not asked{' again' * bool(attempt)}, since the run is stopping")
         try:
             with opener.open(asked, timeout=server.timeout) as response:
                 text = response.read(LARGEST + 1)
         except urllib.error.HTTPError as error:
             with error:
                 said = f"answered HTTP {error.code}{_excerpt(error)}"
+                if 300 <= error.code < 400:  # another host has no right to the key
+                    to = _masked(error.headers.get("Location", "nowhere"))
+                    said = f"redirects to {line(to)}, which is not followed; give the final address"
             if error.code not in AGAIN:
                 break
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, UnicodeError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             late = isinstance(reason, TimeoutError)
-            said = f"did not answer within {server.timeout:g} s" if late else f"cannot be asked ({reason})"
+            said = f"did not answer within {server.timeout:g} s" if late else f"cannot be asked ({line(reason)})"
         else:
             try:
                 if len(text) <= LARGEST:
@@ -212,9 +221,37 @@ class _Odd(ValueError):
 def _key(server: Server) -> dict[str, str]:
     if server.key_env is None:
         return {}
-    if server.key_env not in os.environ:
+    key = secret(server.key_env)
+    if key is None:
         raise UserError(f"environment variable {server.key_env} is not set; put the key of {server.url} there")
-    return {"Authorization": f"Bearer {os.environ[server.key_env]}"}
+    return {"Authorization": f"Bearer {key}"}
+
+
+def secret(variable: str) -> str | None:
+    """What the environment variable holds, without the space around it. Raises UserError, without telling it."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"environment variable {variable} must hold ASCII characters alone, on one line, to be a key")
+    return key or None
+
+
+def own(host: str) -> bool:
+    """A name or an address by which this machine reaches itself."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A redirection is an error."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def _masked(url: str) -> str:
+    return re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
 
 
 def _user(images: Sequence[Tensor], text: str) -> dict[str, Any]:
@@ -223,14 +260,7 @@ def _user(images: Sequence[Tensor], text: str) -> dict[str, Any]:
 
 
 def _url(image: Tensor) -> str:
-    """[3, H, W] in [0, 1] as a PNG in a data URL."""
-    import torch
-    from PIL import Image
-
-    pixels = (image.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(1, 2, 0)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + png(image)
 
 
 def _find(ids: Sequence[str], label: Sequence[str], end: bool) -> int:
@@ -258,5 +288,8 @@ def _add(a: float, b: float) -> float:
 
 def _excerpt(error: urllib.error.HTTPError) -> str:
     """The beginning of what the server says is wrong, on one line."""
-    text = " ".join(error.read(400).decode("utf-8", "replace").split())
-    return f": {text[:200]}" if text else ""
+    try:
+        text = line(error.read(400).decode("utf-8", "replace"), 200)
+    except (OSError, HTTPException):  # it breaks off
+        return ""
+    return f": {text}" if text else ""

@@ -45,6 +45,7 @@ class Aesthetic(Reward):
     crop: Crop = "hf"
     """Which pixel the middle begins at where two are as good: as transformers or as torchvision decides."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = False
 

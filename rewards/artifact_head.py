@@ -35,6 +35,7 @@ class ArtifactHead(Reward):
     scale: Literal["probability", "logit"] = "probability"
     """probability: 1 - p(artifact) in [0, 1]; logit: its log-odds, whose gradient does not vanish at clear cases."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = False
 

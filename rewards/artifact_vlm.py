@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import field_validator
+
 from diffalign.rewards import Head
 from diffalign.rewards._asking import EMBEDDED, Asked, Question, VlmReward, output, probability
 from diffalign.rewards._server import Failed
@@ -29,7 +31,8 @@ class ArtifactVlm(VlmReward):
     """r = 1 - P(yes) with P(yes) = sigmoid(log P(yes) - log P(no) + bias): 1 is free of faults. The prompt is not used.
 
     All spellings of yes are summed, and of no; the published code takes exact matches, the last of them, and counts a
-    missing answer as free of faults (:func:`published`). Here such an answer of a server is not valid.
+    missing answer as free of faults (:func:`published`). A server tells 20 tokens: with no but no yes among them the
+    score is 1, with yes but no no it is 0, and with neither it is not valid.
     """
 
     instruction: str | None = None
@@ -37,7 +40,15 @@ class ArtifactVlm(VlmReward):
     bias: float = 0.0
     """Added to the log-odds of a fault, to calibrate a model that says yes too rarely (> 0) or too often (< 0)."""
 
+    abstains: ClassVar[bool] = False
     needs_prompt: ClassVar[bool] = False
+
+    @field_validator("instruction")
+    @classmethod
+    def _asks_something(cls, instruction: str | None) -> str | None:
+        if instruction is not None and not instruction.strip():
+            raise ValueError("it is empty; leave it out for the default question")
+        return instruction
 
     def setup(self, device: torch.device | str) -> Head:
         asked = self.ready(device)
@@ -45,7 +56,7 @@ class ArtifactVlm(VlmReward):
 
     def score(self, asked: Asked, images: Tensor) -> RewardOutput:
         embedded = self.server is None and self.model in (None, EMBEDDED)
-        text = self.instruction or (FAULTY_SHAPES if embedded else FAULTS)
+        text = (FAULTY_SHAPES if embedded else FAULTS) if self.instruction is None else self.instruction
         answers = asked.answer([Question([image], text) for image in images])
         values = [a if isinstance(a, Failed) else 1 - probability(a, "yes_no", self.bias) for a in answers]
         return output(values, images, {})

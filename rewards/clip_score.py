@@ -49,6 +49,7 @@ class ClipScore(Reward):
     pixels: Literal["bicubic", "bilinear"] = "bicubic"
     """bicubic on 8 bits, as CLIP was trained, or bilinear without rounding, as DiffusionNFT's scorer."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
     def checkpoints(self) -> list[Checkpoint]:

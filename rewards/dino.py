@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from diffalign.rewards import Head, Reward
 from diffalign.rewards._dino import OFFICIAL
@@ -39,7 +41,7 @@ class Dino(Reward):
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
     """Precision of the backbone; norms and dot products are fp32."""
-    size: int | None = None
+    size: Annotated[int, Field(ge=1)] | None = None
     """Side of the square the backbone sees, a multiple of its patches; by default the model's own (DINOv2: 518)."""
 
     differentiable: ClassVar[bool] = True

@@ -46,8 +46,7 @@ class DinoAdversarial(Reward):
     """
 
     references: str
-    """A JSON file {prompt: [file, ...]}, a folder of pictures that suit any prompt, or a style of the shapes world:
-    shapes-outline, shapes-dusk."""
+    """A JSON file {prompt: [file, ...]}, a folder of pictures for any prompt, shapes-outline or shapes-dusk (drawn)."""
     model: str = OFFICIAL
     """DINOv2, with registers or without, or DINOv3: an embedded name (tiny-dino), a folder or a hub id."""
     revision: str | None = None
@@ -56,7 +55,7 @@ class DinoAdversarial(Reward):
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
     """Precision of the backbone; D is fp32."""
-    size: int | None = None
+    size: Annotated[int, Field(ge=1)] | None = None
     """Side of the square the backbone sees, a multiple of its patches; by default the model's own (DINOv2: 518)."""
     hidden: int = Field(512, gt=0)
     """Width of D's hidden layer."""
@@ -87,6 +86,7 @@ class DinoAdversarial(Reward):
     seed: int = Field(0, ge=0)
     """Of D's first weights."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = False
     learns: ClassVar[bool] = True

@@ -48,6 +48,7 @@ class Hpsv2(Reward):
     antialias: bool = True
     """False shrinks as torchvision before 0.17 did, the version behind older published numbers."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
     @property

@@ -46,6 +46,7 @@ class ImageReward(Reward):
     crop: Crop = "torchvision"
     """Which pixel the middle begins at where two are as good; the official code leaves it to torchvision."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
     def checkpoints(self) -> list[Checkpoint]:

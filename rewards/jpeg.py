@@ -28,6 +28,7 @@ class Jpeg(Reward):
     scale: Literal["raw", "flow_grpo"] = "raw"
     """raw: kilobytes, as DDPO; flow_grpo: compress is divided by 500, incompress is not."""
 
+    abstains: ClassVar[bool] = False
     needs_prompt: ClassVar[bool] = False
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:

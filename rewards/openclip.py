@@ -40,6 +40,7 @@ class Openclip(Reward):
     dtype: Dtype = "fp32"
     """Precision of the encoders; norms and dot products are fp32."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ class Pickscore(Reward):
     scale: Literal["raw", "flow_grpo"] = "raw"
     """flow_grpo divides by 26, as Flow-GRPO and others do: a convention, not a bound."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
     def checkpoints(self) -> list[Checkpoint]:

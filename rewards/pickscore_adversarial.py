@@ -54,6 +54,7 @@ class PickscoreAdversarial(Reward):
     d_steps: int = Field(1, gt=0)
     """At most so many steps of the CLIP in an epoch, each only if references still score below images."""
 
+    abstains: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     learns: ClassVar[bool] = True
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
 from diffalign.rewards import Head, Reward
+from diffalign.rewards._pool import Pool
 from diffalign.rewards._server import Failed, Server, request
 from diffalign.rewards._wire import Refused, line, question, read_answer
 from diffalign.types import RewardOutput, UserError
@@ -54,12 +54,13 @@ class Remote(Reward):
             key_env=self.key_env,
         )
         try:
-            largest = request(server, "/health")["largest"]
+            told = request(server, "/health")
         except Failed as error:
             raise UserError(f"{line(error)}; start `diffalign serve-reward` there, or mend url and key_env") from error
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self.url} is no reward server; start `diffalign serve-reward` there") from error
-        return Caller(server, self.batch, int(largest), ThreadPoolExecutor(self.concurrency))
+        largest = told.get("largest") if isinstance(told, dict) else None
+        if type(largest) is not int or largest < 1:
+            raise UserError(f"{self.url} is no reward server; start `diffalign serve-reward` there")
+        return Caller(server, self.batch, largest, Pool(self.concurrency))
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Caller:
     server: Server
     batch: int
     largest: int  # bytes of a body that the server takes
-    pool: ThreadPoolExecutor
+    pool: Pool
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         import torch
@@ -76,7 +77,7 @@ class Caller:
             part = slice(start, start + self.batch)
             return self._ask(images[part], prompts[part], metadata[part])
 
-        told = list(self.pool.map(ask, range(0, len(images), self.batch)))
+        told = self.pool.map(ask, range(0, len(images), self.batch))
         scores, valid, errors = ([v for part in told for v in part[k]] for k in range(3))
         return RewardOutput(torch.tensor(scores), {"error": errors}, torch.tensor(valid))
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffalign.rewards import Head, _references
 from diffalign.rewards._asking import NO, YES, Answer, Asked, Question, VlmReward, output, probability
@@ -48,6 +48,13 @@ class YesProbability(VlmReward):
     """Spellings of yes. The first tokens of all are summed, each once; a server's tokens match in any case."""
     no: tuple[str, ...] = Field(NO, min_length=1)
     """Spellings of no."""
+
+    @field_validator("yes", "no")
+    @classmethod
+    def _says_something(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(text.strip() for text in texts):
+            raise ValueError("a spelling is empty; write words such as yes and no")
+        return texts
 
     @model_validator(mode="after")
     def _asks_about_the_prompt(self) -> YesProbability:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffalign.algorithms import Algorithm, Loss, Memory, Policy
 from diffalign.algorithms.grpo import GRPO
-from diffalign.types import Rollout
+from diffalign.types import RewardOutput, Rollout
 
 
 def redness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
@@ -24,6 +24,16 @@ def flat(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
 
 def broken(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     return torch.full((len(images),), float("nan"))
+
+
+def flaky(images: Tensor, prompts: Any, metadata: Any) -> RewardOutput:
+    """No score for every fifth image, of eight or fewer the last."""
+    valid = torch.arange(len(images)) % 5 != min(len(images) - 1, 4)
+    return RewardOutput(redness(images, prompts, metadata), {"error": [None if v else "asleep" for v in valid]}, valid)
+
+
+def asleep(images: Tensor, prompts: Any, metadata: Any) -> RewardOutput:
+    return RewardOutput(torch.zeros(len(images)), {"error": ["asleep"] * len(images)}, torch.zeros(len(images)) > 0)
 
 
 class Exploding(GRPO):

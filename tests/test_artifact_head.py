@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffalign import artifact_training, cli, rewards
+from diffalign import artifact_training, cli, rewards, writing
 from diffalign.images import save_png
 from diffalign.rewards import _artifact
 from diffalign.types import RewardOutput, UserError
@@ -63,16 +65,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     root = tmp_path_factory.mktemp("artifact")
     clean, broken = pictures(root / "clean", 60, False), pictures(root / "broken", 40, True, 1)
     said = io.StringIO()
-    args = [
-        "--clean",
-        str(clean),
-        "--artifact",
-        str(broken),
-        "--features",
-        str(features(root / "dino")),
-        "--device",
-        "cpu",
-    ]
+    model = ["--features", str(features(root / "dino")), "--device", "cpu"]
+    args = ["--clean", str(clean), "--artifact", str(broken), *model]
     with contextlib.redirect_stdout(said):
         assert cli.main(["train-artifact", *args, "--steps", "150", "--output", str(root / "head")]) == 0
     return root / "head", said.getvalue()
@@ -234,6 +228,8 @@ def test_folders_that_are_no_head_are_refused(trained: tuple[Path, str], tmp_pat
         (9, "new", [], "9 clean pictures are too few, at least 10"),
         (12, "full", [], "is not empty; name a new folder"),
         (12, "new", ["--steps", "0"], "--steps must be at least 1"),
+        (12, "new", ["--size", "0"], "--size must be at least 1, got 0"),
+        (12, "new", ["--size=-16"], "--size must be at least 1, got -16"),
         (12, "new", ["--features", "nowhere"], "'nowhere' does not exist"),
         (12, "new", ["--size", "10"], "size 10 is no multiple of the 4 pixels"),
     ],
@@ -261,3 +257,44 @@ def test_temperature_is_not_a_matter_of_taste() -> None:
         return float(F.binary_cross_entropy_with_logits(z.double() / t, target))
 
     assert loss(t) <= min(loss(t * 1.01), loss(t / 1.01)) and math.isfinite(t)
+
+
+@pytest.mark.parametrize("size", [0, -8])
+def test_sizes_that_are_none_are_refused(size: int, tmp_path: Path) -> None:
+    for name in ("dino", "dino_adversarial"):
+        with pytest.raises(UserError, match=f"reward '{name}', size: input should be greater than or equal to 1"):
+            rewards.resolve({"name": name, "references": "shapes-dusk", "size": size})
+    with pytest.raises(UserError, match=f"size {size} is no multiple of the 4 pixels"):  # of a head's own note
+        _artifact.Features(str(features(tmp_path / "dino")), None, size).load("fp32", "cpu", True)
+
+
+def test_a_head_that_learnt_nothing_is_called_so(trained: tuple[Path, str], tmp_path: Path) -> None:
+    useless = "little better than chance: do not use it as a reward"
+    assert useless not in trained[1]
+    measures = {"auroc": 0.59, "balanced_accuracy": 0.5, "clean": 12, "artifact": 8}
+    report = {"validation": measures, "training": measures, "temperature": 2981.0}
+    assert useless in artifact_training.sentence(report)
+    assert useless not in artifact_training.sentence(report | {"validation": measures | {"auroc": 0.61}})
+
+
+def test_a_full_disk_leaves_nothing_in_the_way_of_the_next_run(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(pictures(tmp_path / "clean", 12, False)), str(pictures(tmp_path / "bad", 12, True))]
+    model = ["--features", str(features(tmp_path / "dino")), "--device", "cpu", "--steps", "1"]
+    args = ["--clean", folders[0], "--artifact", folders[1], "--output", str(tmp_path / "head"), *model]
+    synced: list[Path] = []
+
+    def full(path: Path) -> None:
+        synced.append(path)
+        if len(synced) == 2:  # the weights are there, the note is not
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "sync", full)
+        assert cli.main(["train-artifact", *args]) == 2
+    assert "could not write" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "head").iterdir()] == ["artifact_head.safetensors"]
+    assert cli.main(["train-artifact", *args]) == 0
+    assert cli.main(["train-artifact", *args]) == 2  # a whole head stays
+    assert "is not empty; name a new folder" in capsys.readouterr().err

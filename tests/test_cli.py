@@ -102,6 +102,8 @@ def test_list_names_every_method_with_its_first_line(tmp_path: Path) -> None:
         for file in files:
             summary = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
             assert summary and f"  {file.stem} " in done.stdout and summary in done.stdout
+    for folder in (ROOT / "diffalign/shapes/weights").glob("*/"):
+        assert f"  {folder.name}\n" in done.stdout
     assert set(catalogue.everything()["presets"]) == {f.stem for f in (ROOT / "configs").glob("*.yaml")}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffalign import reward_entries
 from diffalign.cli import main
-from diffalign.commands.doctor import apart, picture
+from diffalign.commands.doctor import apart, fixed_scores, picture
 
 
 def test_says_what_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +33,9 @@ def test_says_what_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     here, other = capsys.readouterr().out.splitlines()
     assert here.startswith("pickscore: tiny-clip: in ") and Path(here.partition(": in ")[2], "config.json").is_file()
     assert other == "jpeg: loads no checkpoint"
+    assert main(["doctor", "rewards", "--reward", "artifact_head"]) == 0
+    head, backbone = capsys.readouterr().out.splitlines()
+    assert head.startswith("artifact_head: tiny-artifact: in ") and backbone.startswith("artifact_head: tiny-dino: in ")
 
 
 def test_compares_with_the_first_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -42,7 +46,7 @@ def test_compares_with_the_first_run(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "pickscore: recorded " in capsys.readouterr().out
     recorded = json.loads(reference.read_text())
     (entry,) = recorded.values()
-    assert len(entry["scores"]) == 4 and set(entry["versions"]) == {"torch", "transformers"}
+    assert len(entry["scores"]) == 6 and set(entry["versions"]) == {"torch", "transformers"}
     assert main(asked) == 0
     assert "pickscore: as recorded, " in capsys.readouterr().out
 
@@ -57,6 +61,31 @@ def test_compares_with_the_first_run(capsys: pytest.CaptureFixture[str], tmp_pat
     captured = capsys.readouterr()
     assert "pickscore: left out: 'yuvalkirstain/PickScore_v1' is not in the hub cache" in captured.out
     assert captured.err.startswith("no head could be scored")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"a": 1}', '{"a": {"scores": [1.0]}}', '{"a": {"scores": "abcdef"}}', "\xff"]
+)
+def test_a_reference_that_cannot_be_read_is_one_sentence(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scores.json").write_text(text, "latin-1")
+    asked = ["doctor", "rewards", "--reward", "artifact_head", "--compare-official", "--device", "cpu", "--reference"]
+    assert main([*asked, str(tmp_path / "scores.json")]) == 2
+    assert capsys.readouterr().err.endswith(
+        "' holds no scores of these pictures; remove it, or give another --reference\n"
+    )
+    for place in (tmp_path, tmp_path / "scores.json" / "x.json"):
+        assert main([*asked, str(place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"could not write '{place}'") and said.count("\n") == 1
+    assert (tmp_path / "scores.json").read_text("latin-1") == text
+
+
+def test_the_pictures_tell_artifact_heads_apart() -> None:
+    (head,) = reward_entries.parse(["artifact_head"])
+    scores = fixed_scores(head, "cpu")
+    assert any(0.01 < s < 0.99 for s in scores), "a score at its bound would stay there whatever changed"
 
 
 def test_tolerance_and_pictures() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import PIL
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.rewards._preprocess import centre_crop, cropped, normalise, padded, resize, shortest, unit
+from diffalign.types import UserError
 
 LEVEL = 1 / 255
 TALL = pytest.mark.skipif(PIL.__version__ < "13", reason="before Pillow 13 the width always comes first")
@@ -154,3 +157,11 @@ def test_values_are_the_same_with_and_without_gradients() -> None:
 def test_normalise() -> None:
     result = normalise(torch.full((2, 3, 2, 2), 0.5), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
     assert result[1, :, 0, 1].tolist() == pytest.approx([0.8, 1.2, 0.1])
+
+
+@pytest.mark.parametrize("size", [(2, 3000), (3000, 2)])
+@pytest.mark.parametrize("view", [cropped, padded])
+def test_thin_strips_are_refused(view: Any, size: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="is too thin to score; crop it to at most 20:1"):
+        view(torch.zeros(1, 3, *size), 224)
+    assert view(torch.zeros(1, 3, 40, 4), 8).shape[2:] == (8, 8)

@@ -316,3 +316,13 @@ def test_tokenizer_must_be_the_encoders(tmp_path: Path) -> None:
         shutil.copy(Path(folder, name), tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
         _loading.tokenizer(str(tmp_path), 178)
+
+
+def test_code_in_a_checkpoint_is_never_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Config"}})
+    )
+    (tmp_path / "evil.py").write_text("raise SystemExit('code ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises(UserError, match="is no transformers checkpoint"):
+        _loading.configuration(str(tmp_path), "mine", "a CLIP")

@@ -150,7 +150,7 @@ def test_bad_scores_are_user_errors(name: str, message: str) -> None:
     [
         (["genevil"], "unknown reward 'genevil'; did you mean 'geneval'"),
         ([{"name": "jpeg", "mode": "shrink"}], "reward 'jpeg', mode: .*'compress' or 'incompress'"),
-        ([{"name": "jpeg", "qualty": 90}], "reward 'jpeg', qualty: extra"),
+        ([{"name": "jpeg", "qualty": 90}], "reward 'jpeg', qualty: there is no such option; did you mean 'quality'"),
         ([{"name": "jpeg", "weight": math.inf}], "weight: input should be a finite number"),
         (["jpeg", {"name": "jpeg", "mode": "incompress"}], "two rewards are called 'jpeg'; give one of them a label"),
         ([{"weight": 1.0}], "every reward needs a name"),
@@ -292,3 +292,27 @@ def test_geneval_does_not_apply_without_its_metadata() -> None:
 def test_impossible_metadata_is_a_user_error(clause: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         geneval("strict", paint(RED_CIRCLE), {"include": [clause]})
+
+
+@pytest.mark.parametrize(
+    "valid", [torch.ones(1, dtype=torch.bool), torch.ones(5, dtype=torch.int), torch.ones(5, 1, dtype=torch.bool)]
+)
+def test_what_is_valid_must_be_said_of_each_image(valid: Tensor) -> None:
+    def head(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+        return RewardOutput(torch.zeros(5), {}, valid)
+
+    scorer = rewards.Scorer(Jpeg(name="jpeg"), head, "cpu")
+    with pytest.raises(UserError, match="reward 'jpeg' must say of each image whether its score is valid, 5 booleans"):
+        scorer(IMAGES, PROMPTS, BLANK)
+
+
+def test_nan_is_a_failure_of_heads_that_do_not_abstain() -> None:
+    def head(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+        return RewardOutput(torch.tensor([1.0, math.nan, 2.0, math.nan, 3.0]), {"error": [None] * 3 + ["late", None]})
+
+    failed = rewards.Scorer(Jpeg(name="jpeg"), head, "cpu")(IMAGES, PROMPTS, BLANK)
+    assert failed.valid is not None and failed.valid.tolist() == [True, False, True, False, True]
+    assert failed.extra["error"] == [None, "the score is not a number", None, "the score is not a number", None]
+    abstained = rewards.Scorer(Geneval(name="geneval"), head, "cpu")(IMAGES, PROMPTS, BLANK)
+    assert abstained.valid is not None and abstained.valid.all()
+    assert abstained.scores.isnan().tolist() == failed.scores.isnan().tolist()

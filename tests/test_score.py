@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from scored_pictures import grey, here, lines, truncated
 
 import diffalign
 from diffalign import cli, image_lists, reward_entries
@@ -21,41 +21,9 @@ from diffalign.images import save_png
 from diffalign.rewards.geneval import Geneval
 from diffalign.rewards.jpeg import Jpeg
 from diffalign.shapes.world import Object, render
-from diffalign.types import RewardOutput, UserError
+from diffalign.types import UserError
 
 ROOT = Path(diffalign.__file__).parent.parent
-
-
-def moody(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
-    """Brightness; fails on the prompt "fail", does not apply to "skip"; B x 2 numbers are no detail for a text file."""
-    failed = [p == "fail" for p in prompts]
-    scores = images.mean((1, 2, 3)).masked_fill(torch.tensor([p == "skip" for p in prompts]), torch.nan)
-    error = ["out of order" if f else None for f in failed]
-    extra = {
-        "error": error,
-        "size": torch.tensor([images.shape[3]] * len(prompts)),
-        "map": torch.zeros(len(prompts), 2),
-    }
-    return RewardOutput(scores, extra, ~torch.tensor(failed))
-
-
-def together(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.full((len(images),), float(len(images)))
-
-
-def here(name: str) -> str:
-    return f"{__name__}.{name}"
-
-
-def grey(folder: Path, **levels: int) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, level in levels.items():
-        Image.new("RGB", (8, 6), (level,) * 3).save(folder / f"{name}.png")
-    return folder
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 @pytest.mark.parametrize(
@@ -125,30 +93,6 @@ def test_a_folder_of_generate_keeps_prompts_and_metadata(tmp_path: Path, capsys:
     assert rows[0].split() == ["reward", "images", "mean", "std", "min", "max", "n/a", "invalid"]
     assert rows[1].split() == ["geneval", "2", "0.5", "0.7071", "0", "1", "0", "0"]
     assert rows[2].split()[:2] == ["jpeg", "2"] and len(rows[2].split()) == 8
-
-
-def test_invalid_and_inapplicable_scores_are_counted_not_averaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    grey(tmp_path / "images", a=51, b=102, c=153, d=255)
-    texts = ["one", "fail", "skip", "two"]
-    (tmp_path / "prompts.txt").write_text("\n".join(texts))
-    output = tmp_path / "scores.jsonl"
-    where = ["--images", str(tmp_path / "images"), "--prompts", str(tmp_path / "prompts.txt"), "--output", str(output)]
-    assert cli.main(["score", "--reward", here("moody"), *where, "--device", "cpu"]) == 0
-    found = lines(output)
-    assert [line["prompt"] for line in found] == texts
-    assert [line["scores"]["moody"] for line in found] == [pytest.approx(0.2), None, None, 1.0]
-    assert [line["valid"]["moody"] for line in found] == [True, False, True, True]
-    assert [line["details"]["moody"] for line in found] == [
-        {"size": 8},
-        {"size": 8, "error": "out of order"},
-        {"size": 8},
-        {"size": 8},
-    ]
-    row, failure = capsys.readouterr().out.splitlines()[1:3]
-    assert row.split() == ["moody", "2", "0.6", "0.5657", "0.2", "1", "1", "1"]
-    assert failure == "moody: 'b.png': out of order"
 
 
 def test_sizes_are_never_mixed_and_the_order_is_kept(tmp_path: Path) -> None:
@@ -234,6 +178,11 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         "one.json": '[{"image": "good/a.png", "prompt": "p"}]',
         "other.txt": "q",
         "named.jsonl": '{"prompt": "p", "file_name": "a.png"}',
+        "half.json": r'[{"image": "good/a.png", "prompt": "\ud800"}]',
+        "half.jsonl": r'{"prompt": "p", "tag": "\ud800"}',
+        "digits.json": '[{"image": "good/a.png", "n": %s}]' % ("9" * 5000),
+        "digits.jsonl": '{"prompt": "p", "n": %s}' % ("9" * 5000),
+        "deep.json": "[" * 100_000,
     }.items():
         (folder / name).write_text(text)
 
@@ -247,6 +196,11 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         (["jpeg", at("deep")], "more than 8 bits a channel"),
         (["jpeg", at("gone.json")], "there is no image file"),
         (["jpeg", at("broken.json")], "is not valid JSON"),
+        (["jpeg", at("half.json")], "is not valid JSON: half of a surrogate pair"),
+        (["jpeg", at("digits.json")], "is not valid JSON: a number has thousands of digits"),
+        (["jpeg", at("deep.json")], "is not valid JSON: it nests too deeply"),
+        (["jpeg", good, "--prompts", at("half.jsonl")], "half.jsonl:1: not valid JSON: half of a surrogate pair"),
+        (["jpeg", good, "--prompts", at("digits.jsonl")], "digits.jsonl:1: not valid JSON: a number has thousands"),
         (["jpeg", at("object.json")], "must hold a list"),
         (["jpeg", at("nameless.json")], 'entry 1: expected an object with a path under "image"'),
         (["jpeg", at("number.json")], 'entry 1: the "prompt" must be text, got 3'),
@@ -258,6 +212,7 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         (["jpeg", good, "--batch", "0"], "--batch must be at least 1"),
         (["jpeg", good, "--device", "warp"], "cannot compute on the device 'warp'"),
         (["jpeg", good, "--output", at("good/a.png/x.jsonl")], "could not write"),
+        (["pickscore:model=nowhere", at("one.json"), "--output", at("good")], "could not write"),  # before it loads
     ]
 
 
@@ -279,9 +234,19 @@ def test_mistakes_are_found_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path) -> None:
-    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "a.png")
-    whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    truncated(tmp_path / "a.png")
     (image,) = image_lists.find(str(tmp_path))
     with pytest.raises(UserError, match="cannot read the image"):
         image_lists.read(image)
+
+
+@pytest.mark.parametrize(
+    "tag", [b"\x02\0\x04\0\0\0abc\0", b"\x03\0\x02\0\0\0\x01\0\x01\0", b"\x03\0\x01"], ids=["text", "two", "cut"]
+)
+def test_odd_orientations_are_none_and_nothing_is_said(tmp_path: Path, tag: bytes) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01" + tag
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif + b"\0\0\0\0" * (len(tag) > 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (image,) = image_lists.find(str(tmp_path))
+        assert image.size == tuple(image_lists.read(image).shape[1:]) == (8, 16)

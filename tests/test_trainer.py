@@ -282,6 +282,22 @@ def test_numbers_that_are_not_finite_stop_the_run(run: Any, tmp_path: Path) -> N
         run("loss", "algorithm={name: reward_functions.Exploding}", "evaluation.every=0")
 
 
+def test_what_could_not_be_scored_is_counted_in_evaluations_and_stops_them(run: Any) -> None:
+    some = "evaluation.rewards=[reward_functions.redness, reward_functions.flaky]"
+    folder = run("some", some, "trainer.epochs=1", "evaluation.every=1", "evaluation.prompts=5")
+    assert [line["invalid/flaky"] for line in metrics(folder, "eval")] == [0.2, 0.2]
+    samples = json.loads((folder / "eval" / "0001.json").read_text())["samples"]
+    missing = [s for s in samples if s["scores"]["flaky"] is None]
+    assert len(missing) == 2 and all(s["errors"] == {"flaky": "asleep"} for s in missing)
+    assert sum(bool(s["errors"]) for s in samples) == 2
+    none = "evaluation.rewards=[reward_functions.redness, reward_functions.asleep]"
+    with pytest.raises(UserError, match="'asleep' could not score 4 of the 4 images of the evaluation, more than 20%"):
+        run("none", none)
+    with pytest.raises(UserError, match="'asleep' could not score 10 of the 10 images of the evaluation"):
+        run("some", none, "trainer.epochs=2", "evaluation.every=1", "evaluation.prompts=5", resume="auto")
+    assert (folder / "checkpoints" / "0002" / "meta.json").is_file()
+
+
 def test_a_new_kind_of_method_needs_no_edit_here(run: Any) -> None:
     """A forward-process method with an old policy and another solver, from the user's own file; resumed exactly."""
     settings = ["algorithm={name: reward_functions.ForwardProcess}", "sampling.kernel=dpm2", "sampling.eta=0"]

@@ -235,6 +235,10 @@ def test_yes_sums_the_first_tokens_of_all_spellings_once(vlm: Vlm) -> None:
         ({"name": "vlm_echo", "token_weights": {"a": -1}}, "greater than or equal to 0"),
         ({"name": "yes_probability", "template": "Is it good?"}, "template must contain {prompt}"),
         ({"name": "yes_probability", "yes": []}, "at least 1 item"),
+        ({"name": "yes_probability", "yes": ["yes", ""]}, "a spelling is empty"),
+        ({"name": "yes_probability", "no": [" "]}, "a spelling is empty"),
+        ({"name": "artifact_vlm", "instruction": ""}, "it is empty; leave it out for the default question"),
+        ({"name": "artifact_vlm", "instruction": " \n"}, "it is empty; leave it out for the default question"),
         ({"name": "artifact_vlm", "server": {"url": "http://x", "tries": 3}}, "tries"),
     ],
 )

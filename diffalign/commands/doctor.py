@@ -14,6 +14,7 @@ from diffalign import reward_entries
 from diffalign.commands import _common
 from diffalign.listing import available
 from diffalign.types import UserError
+from diffalign.writing import put, try_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     for reward in wanted:
         if isinstance(reward, Hosted) and (checkpoints := reward.checkpoints()):
             hosted.append(reward)
-            _print_checkpoints(reward.key, checkpoints)
+            _print_checkpoints(reward.key, [*checkpoints, *_behind(checkpoints)])
         elif args.reward:
             print(f"{reward.key}: loads no checkpoint")
     if args.compare_official:
@@ -69,6 +70,16 @@ def _every() -> list[Reward]:
     return found
 
 
+def _behind(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The backbones of artifact heads, which are named in the heads that are here."""
+    from diffalign.rewards import _artifact
+    from diffalign.rewards._hub import Checkpoint
+
+    heads = [(c.cached(), c.model) for c in checkpoints if _artifact.NOTE in c.only]
+    features = [_artifact.load(str(where), model).features for where, model in heads if where is not None]
+    return [Checkpoint(f.model, f.revision) for f in features]
+
+
 def _print_checkpoints(name: str, checkpoints: Sequence[Checkpoint]) -> None:
     for checkpoint in dict.fromkeys(checkpoints):
         where = checkpoint.cached()
@@ -81,7 +92,7 @@ def _compare(hosted: list[Reward], path: Path, device: str | None) -> None:
     from diffalign.devices import choose
 
     chosen = choose(device)
-    recorded: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    recorded = _recorded(path)
     wrong, done = [], 0
     for reward in hosted:
         try:
@@ -116,8 +127,18 @@ def fixed_scores(reward: Reward, device: Any) -> list[float]:
 
     (scorer,) = build([reward], device).values()
     with torch.no_grad():
-        outputs = [scorer(picture(*size).expand(len(PROMPTS), -1, -1, -1), PROMPTS, METADATA) for size in SIZES]
+        outputs = [scorer(x.expand(len(PROMPTS), -1, -1, -1), PROMPTS, METADATA) for x in pictures()]
     return [score for output in outputs for score in output.scores.tolist()]
+
+
+def pictures() -> list[Tensor]:
+    """Two that photographs' models were made for, and one of the kind that the embedded models know."""
+    import torch
+
+    from diffalign.shapes.world import Object, render
+
+    drawn = torch.from_numpy(render([Object("circle", "red", 30, 30, 14)]).copy()).permute(2, 0, 1)[None] / 255
+    return [*(picture(*size) for size in SIZES), drawn]
 
 
 def picture(height: int, width: int) -> Tensor:
@@ -155,8 +176,26 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def _recorded(path: Path) -> dict[str, Any]:
+    """Scores by head, none where there is no file yet. Raises UserError for another file, or no place for one."""
+    try:
+        try_out(path)
+        recorded = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        n = len(PROMPTS) * (len(SIZES) + 1)
+        lists = [entry["scores"] for entry in recorded.values()]
+        if not all(len(scores) == n and all(isinstance(s, float) for s in scores) for scores in lists):
+            raise ValueError("it is of other pictures")
+    except OSError as error:
+        raise UserError(f"could not write '{path}': {error.strerror}; give another --reference") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"'{path}' holds no scores of these pictures; remove it, or give another --reference"
+        ) from error
+    return recorded
+
+
 def _write(path: Path, recorded: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", "utf-8")
-    os.replace(temporary, path)
+    try:
+        put(path, json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"could not write '{path}': {error.strerror}; give another --reference") from error

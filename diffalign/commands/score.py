@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from diffalign import image_lists, reward_entries
 from diffalign.commands import _common
 from diffalign.types import UserError
+from diffalign.writing import try_out
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +43,29 @@ def run(args: argparse.Namespace) -> None:
     bare = [i.name for i in images if not i.metadata.get("prompt", "").strip()]
     if asking and bare:
         raise UserError(f"'{asking[0]}' needs prompts, and the image {bare[0]!r} has none; add --prompts FILE")
+    output = None if args.output is None else Path(args.output)
+    if output is not None:
+        try:
+            try_out(output)
+        except OSError as error:
+            raise UserError(f"could not write '{output}': {error.strerror}; give another --output") from error
     _common.quiet()
     from diffalign import rewards, scoring
     from diffalign.devices import choose
 
-    results = scoring.score(images, rewards.build(wanted, choose(args.device)), args.batch)
+    results = [scoring.Scored(image) for image in images]
+    scorers = rewards.build(wanted, choose(args.device))
+    try:
+        scoring.score(results, scorers, args.batch)
+    except BaseException as error:  # a damaged image, Ctrl-C, a bug in a head: what was scored is not lost
+        if output is not None:
+            said = scoring.kept(results, output, len(scorers))
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; {said}") from error
+            print(said, file=sys.stderr)
+        raise
     print(scoring.table(results))
-    if args.output is not None:
-        scoring.write(results, Path(args.output))
-        print(f"{len(results)} images in {args.output}")
+    if output is not None:
+        scoring.write(results, output)
+        print(f"{len(results)} images in {output}")
+    scoring.refuse_invalid(results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from diffalign import reward_entries
@@ -38,25 +37,20 @@ def run(args: argparse.Namespace) -> None:
     wanted = reward_entries.parse_fixed([args.reward])
     if len(wanted) != 1:
         raise UserError(f"a server has one reward, got {', '.join(r.key for r in wanted)}; start one server for each")
-    token = os.environ.get(TOKEN) or None
     _common.quiet()
     from diffalign import rewards
     from diffalign.devices import choose
     from diffalign.reward_server import RewardServer
+    from diffalign.rewards._server import own, secret
 
+    token = secret(TOKEN)
     scorers = rewards.build(wanted, choose(args.device))
     (scorer,) = scorers.values()
     with RewardServer(scorer, args.host, args.port, args.batch, args.megabytes << 20, token) as server:
         host, port = server.socket.getsockname()[:2]
-        if not _own(host):
+        if not own(host):
             guard = "with the token, which travels unencrypted" if token else f"; set {TOKEN} to ask for a token"
             print(f"warning: whoever reaches {host} can use this server {guard}", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         print(f"'{scorer.reward.key}' is served at http://{shown}:{port} (Ctrl-C stops it)", flush=True)
         server.serve_forever()
-
-
-def _own(address: str) -> bool:
-    import ipaddress
-
-    return ipaddress.ip_address(address).is_loopback

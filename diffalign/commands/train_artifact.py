@@ -7,7 +7,10 @@ from pathlib import Path
 
 from diffalign import image_lists
 from diffalign.commands import _common
+from diffalign.rewards import _artifact
 from diffalign.types import UserError
+
+UNFINISHED = {_artifact.WEIGHTS, f"{_artifact.WEIGHTS}.tmp", f"{_artifact.NOTE}.tmp"}  # of a head that was not saved
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,17 +41,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("batch", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"train-artifact: --{name} must be at least 1, got {getattr(args, name)}")
+    for name, given in (("batch", args.batch), ("steps", args.steps), ("size", args.size)):
+        if given is not None and given < 1:
+            raise UserError(f"train-artifact: --{name} must be at least 1, got {given}")
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - UNFINISHED):
         raise UserError(f"'{output}' is not empty; name a new folder")
     clean, artifact = (image_lists.find(where) for where in (args.clean, args.artifact))
     _common.quiet()
     from diffalign.artifact_training import Plan, sentence, train
     from diffalign.devices import choose
-    from diffalign.rewards import _artifact
 
     device, local = choose(args.device), Path(args.features).expanduser()
     named = str(local.resolve()) if local.is_dir() else args.features  # the reward may run in another folder
