@@ -6,8 +6,9 @@ import ast
 from importlib.resources import files
 from typing import get_args
 
-from diffalign import loading, pipelines, prompts
+from diffalign import loading, prompts
 from diffalign.listing import summaries
+from diffalign.rewards._hub import embedded
 from diffalign.sections import Kernel
 
 
@@ -21,7 +22,7 @@ def everything() -> dict[str, dict[str, str]]:
         "steering": summaries("diffalign.steering"),
         "pipelines": summaries("diffalign.pipelines"),
         "kernels": _kernels(),
-        "embedded models": dict.fromkeys(pipelines.embedded_names(), ""),
+        "embedded models": dict.fromkeys(embedded(), ""),
         "presets": {name: text.partition("\n")[0].lstrip("# ") for name, text in loading.presets().items()},
         "prompt sets": prompts.EMBEDDED,
     }

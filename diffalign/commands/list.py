@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from diffalign import catalogue
-from diffalign.rewards._hub import embedded
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,8 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    everything = catalogue.everything() | {"embedded models": dict.fromkeys(embedded(), "")}  # those of rewards as well
-    for kind, entries in everything.items():
+    for kind, entries in catalogue.everything().items():
         print(f"{kind}:")
         width = max(map(len, entries), default=0)
         for name, summary in entries.items():
