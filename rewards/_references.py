@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-EMBEDDED = "shapes-"  # shapes-outline, shapes-dusk: see diffalign.shapes.styles
+EMBEDDED = "shapes-"  # shapes-outline, shapes-deep, shapes-dusk: see diffalign.shapes.styles
 _ENDS = 4096  # bytes at either end of a file that its hash covers, so that 60 GB of references do not delay the start
 
 

@@ -32,7 +32,7 @@ class Dino(Reward):
 
     references: str
     """A JSON file {prompt: [file, ...]}, a folder of pictures, or a style of the shapes world: shapes-outline,
-    shapes-dusk."""
+    shapes-deep, shapes-dusk."""
     model: str = OFFICIAL
     """DINOv2, with registers or without, or DINOv3: an embedded name (tiny-dino), a folder or a hub id."""
     revision: str | None = None

@@ -46,7 +46,7 @@ class DinoAdversarial(Reward):
     """
 
     references: str
-    """A JSON file {prompt: [file, ...]}, a folder of pictures for any prompt, shapes-outline or shapes-dusk (drawn)."""
+    """A JSON file {prompt: [file, ...]}, a folder for any prompt, or shapes-outline, -deep or -dusk (drawn)."""
     model: str = OFFICIAL
     """DINOv2, with registers or without, or DINOv3: an embedded name (tiny-dino), a folder or a hub id."""
     revision: str | None = None

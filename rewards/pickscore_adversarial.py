@@ -29,7 +29,7 @@ class PickscoreAdversarial(Reward):
 
     references: str
     """A JSON file {prompt: [file, ...]}, a folder of pictures that suit any prompt, or a style of the shapes world:
-    shapes-outline, shapes-dusk."""
+    shapes-outline, shapes-deep, shapes-dusk."""
     model: str = OFFICIAL
     """The CLIP to begin with: an embedded name (tiny-clip), a folder or a hub id."""
     revision: str | None = None

@@ -161,7 +161,7 @@ def test_the_hash_of_references_follows_their_content(tmp_path: Path) -> None:
 
 
 def test_styles_draw_what_the_prompt_asks_for() -> None:
-    """The detector reads dusk in full; outlines it does not take for shapes, but a filled outline is the shape."""
+    """The detector reads deep and dusk in full; outlines it does not take for shapes, but a filled outline is the shape."""
     strict: dict[str, list[float]] = {name: [] for name in styles.STYLES}
     for meta in shapes_prompts.train_prompts()[:60]:
         for name, scores in strict.items():
@@ -169,7 +169,7 @@ def test_styles_draw_what_the_prompt_asks_for() -> None:
             assert picture.shape == (64, 64, 3) and (picture == styles.picture(name, meta, 1)).all()
             assert (picture != styles.picture(name, meta, 2)).any()
             scores.append(float(geneval_logic.geneval_strict(*observe(picture), meta)))
-    assert np.mean(strict["dusk"]) == 1
+    assert np.mean(strict["dusk"]) == np.mean(strict["deep"]) == 1
     assert np.mean(strict["outline"]) < 0.2
 
 

@@ -1,8 +1,9 @@
 """The scenes of the shapes world drawn in other styles: what an adversarial reward may move a model towards.
 
 outline: only the rims of the shapes are drawn, which the exact detector does not accept as shapes at all.
-dusk: darker colours on a cool ground. The detector still reads them, so that it can tell whether a model that has
-    taken on this style still draws what the prompt asks for.
+deep: darker colours. The detector still reads them, so that it can tell whether a model that has taken on this style
+    still draws what the prompt asks for.
+dusk: the same on a cool ground, which no sample of tiny-sd3 has.
 """
 
 from __future__ import annotations
@@ -34,19 +35,18 @@ class Style:
     stroke: float | None = None
 
 
+_DARKER = {
+    "red": (198, 30, 50),
+    "green": (28, 148, 78),
+    "blue": (40, 64, 200),
+    "yellow": (226, 190, 44),
+    "purple": (132, 48, 174),
+    "orange": (220, 110, 24),
+}
 STYLES = {
     "outline": Style(BACKGROUND, COLORS, 3.0),
-    "dusk": Style(
-        (237, 239, 244),
-        {
-            "red": (198, 30, 50),
-            "green": (28, 148, 78),
-            "blue": (40, 64, 200),
-            "yellow": (226, 190, 44),
-            "purple": (132, 48, 174),
-            "orange": (220, 110, 24),
-        },
-    ),
+    "deep": Style(BACKGROUND, _DARKER),
+    "dusk": Style((237, 239, 244), _DARKER),
 }
 
 
