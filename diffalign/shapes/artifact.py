@@ -1,9 +1,10 @@
 """`python -m diffalign.shapes.artifact`: tiny-artifact, the head that tells broken shapes from whole ones.
 
 Draws a folder of whole pictures, renders and samples that the detector finds nothing malformed in, and one of the same
-pictures with faults, trains `artifact_head` on them as `diffalign train-artifact` does, and measures it on other
-scenes, with faults of other seeds, and on samples for held-out prompts. Needs `tiny-dino`, which also saw faults, drawn
-from seeds of its own, and `tiny-sd3`. Minutes on two CPU cores; the pictures stay in the work folder.
+pictures with faults and of samples that the detector rejects. Trains `artifact_head` on them as
+`diffalign train-artifact` does, and measures it on other scenes, with faults of other seeds, and on samples for
+held-out prompts. Needs `tiny-dino`, which also saw faults, drawn from seeds of its own, and `tiny-sd3`. Minutes on two
+CPU cores; the pictures stay in the work folder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from diffalign.shapes.pretrain import draw_scenes
 from diffalign.shapes.publish import add_log, replacing
 
 SEED = 20261201  # of no picture that tiny-dino saw
-RENDERS, SAMPLES = 2400, 1200  # whole pictures of each kind
+RENDERS, SAMPLES = 2400, 2000  # whole pictures of each kind, and at most as many rejected samples
 HELD_OUT = 1000  # renders to measure with, and at most as many samples
 PLAN = artifact_training.Plan(steps=2000)
 
@@ -38,9 +39,9 @@ def is_whole(image: Tensor) -> bool:
     return all(d.shape and d.color for d in found)
 
 
-def folders(whole: Tensor, seed: int, root: Path) -> tuple[Path, Path]:
-    """uint8 [N, 3, 64, 64] -> (folder of them, folder of them with faults), file by file of one name."""
-    broken = corrupt_all(whole.float() / 255, seed)
+def folders(whole: Tensor, rejected: Tensor, seed: int, root: Path) -> tuple[Path, Path]:
+    """uint8 [N, 3, 64, 64] -> (folder of `whole`, folder of them with faults under the same names, and `rejected`)."""
+    broken = torch.cat([corrupt_all(whole.float() / 255, seed), rejected.float() / 255])
     for name, images in (("clean", whole.float() / 255), ("artifact", broken)):
         with replacing(root / name) as folder:
             for i, image in enumerate(images):
@@ -87,9 +88,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
 
     drawn = samples.draw(samples.prompted(), work / "samples-train.pt", 1).flatten(0, 1)
-    whole = torch.stack([image for image in drawn if is_whole(image)][:SAMPLES])
-    pictures = torch.cat([draw_scenes(RENDERS, SEED).images, whole])
-    clean, artifact = (image_lists.find(str(f)) for f in folders(pictures, SEED, work / "artifact"))
+    good = torch.tensor([is_whole(image) for image in drawn])
+    pictures = torch.cat([draw_scenes(RENDERS, SEED).images, drawn[good][:SAMPLES]])
+    made = folders(pictures, drawn[~good][:SAMPLES], SEED, work / "artifact")
+    clean, artifact = (image_lists.find(str(f)) for f in made)
     features = _artifact.Features("tiny-dino")
     backbone = features.load("fp32", "cpu", local_files_only=True)
     weights, report = artifact_training.train(backbone, clean, artifact, PLAN, 64, "cpu")
