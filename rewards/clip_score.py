@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffalign.rewards import Head, Reward
-from diffalign.rewards._hub import TEXT, Checkpoint
-from diffalign.rewards._loading import Dtype
+from diffalign.rewards import Head
+from diffalign.rewards._clip_reward import ClipReward
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import Crop, cropped
 from diffalign.types import RewardOutput
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Variant = Literal["cos", "logits", "paper", "torchmetrics"]
 
 
-class ClipScore(Reward):
+class ClipScore(ClipReward):
     """Four scores that share a name and cannot be compared with each other, of c = cos(image, prompt):
 
         cos            c                            Flow-Factory
@@ -34,28 +34,13 @@ class ClipScore(Reward):
     """Which definition."""
     model: str = "openai/clip-vit-large-patch14"
     """The CLIP: an embedded name (tiny-clip), a folder or a hub id. This one takes 1.7 GB; the paper's is ViT-B/32."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    processor: str | None = None
-    """Where the tokenizer comes from; by default the model."""
-    processor_revision: str | None = None
-    """Likewise of the processor, where it is another hub id."""
-    local_files_only: bool = False
-    """Never reach for the network; use what is in the cache."""
-    dtype: Dtype = "fp32"
-    """Precision of the encoder; norms and dot products are fp32."""
     crop: Crop = "hf"
     """Which pixel the middle begins at where two are as good: as transformers or as torchvision decides."""
     pixels: Literal["bicubic", "bilinear"] = "bicubic"
     """bicubic on 8 bits, as CLIP was trained, or bilinear without rounding, as DiffusionNFT's scorer."""
 
-    abstains: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
-
     def checkpoints(self) -> list[Checkpoint]:
-        """The model, then where its tokenizer comes from."""
-        own = Checkpoint(self.model, self.revision)
-        return [own, Checkpoint(self.processor, self.processor_revision, TEXT) if self.processor else own]
+        return self.parts()
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip

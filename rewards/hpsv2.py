@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffalign.rewards import Head, Reward
-from diffalign.rewards._hub import TEXT, Checkpoint
-from diffalign.rewards._loading import Dtype
+from diffalign.rewards import Head
+from diffalign.rewards._clip_reward import ClipReward
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import padded
 from diffalign.types import RewardOutput
 
@@ -23,7 +23,7 @@ FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 HEADS = (16, 16)  # attention heads of ViT-H's two towers
 
 
-class Hpsv2(Reward):
+class Hpsv2(ClipReward):
     """score = cos(image, prompt), about 0.20 to 0.35; compare within one prompt and one version only.
 
     Pictures are fitted whole into CLIP's square with black borders, as by the official code, and not cropped. Numbers
@@ -35,21 +35,8 @@ class Hpsv2(Reward):
     """Which of the official weights; their scores are not comparable."""
     model: str = OFFICIAL
     """The official weights (2 GB), a folder or file with them, or a CLIP in transformers' format."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    processor: str | None = None
-    """Where the tokenizer comes from; by default LAION's ViT-H for the official weights, else the model."""
-    processor_revision: str | None = None
-    """Likewise of the processor, where it is another hub id."""
-    local_files_only: bool = False
-    """Never reach for the network; use what is in the cache."""
-    dtype: Dtype = "fp32"
-    """Precision of the encoder; norms and dot products are fp32."""
     antialias: bool = True
     """False shrinks as torchvision before 0.17 did, the version behind older published numbers."""
-
-    abstains: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
 
     @property
     def original(self) -> bool:
@@ -58,10 +45,9 @@ class Hpsv2(Reward):
         return self.model == OFFICIAL or path.is_file() or (path / FILES[self.version]).is_file()
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The weights, then where the tokenizer comes from."""
-        own = Checkpoint(self.model, self.revision, (FILES[self.version],) if self.original else ())
-        words = self.processor or (LAION if self.original else None)
-        return [own, Checkpoint(words, self.processor_revision, TEXT) if words else own]
+        if not self.original:
+            return self.parts()
+        return self.parts((FILES[self.version],), LAION)
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip

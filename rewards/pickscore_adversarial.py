@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, Strict
 
-from diffalign.rewards import Head, Reward
-from diffalign.rewards._hub import TEXT, Checkpoint
-from diffalign.rewards._loading import Dtype
+from diffalign.rewards import Head
+from diffalign.rewards._clip_reward import ClipReward
+from diffalign.rewards._hub import Checkpoint
 from diffalign.rewards._preprocess import Crop, cropped
 from diffalign.rewards.pickscore import LAION, OFFICIAL
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class PickscoreAdversarial(Reward):
+class PickscoreAdversarial(ClipReward):
     """score = exp(logit_scale) cos(image, prompt) / 26 with a CLIP whose last vision block is trained during the run.
 
     It learns by mean softplus(s_image - s_reference), s = exp(logit_scale) cos: that the reference is picked, one for
@@ -32,16 +32,6 @@ class PickscoreAdversarial(Reward):
     shapes-outline, shapes-deep, shapes-dusk."""
     model: str = OFFICIAL
     """The CLIP to begin with: an embedded name (tiny-clip), a folder or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    processor: str | None = None
-    """Where the tokenizer comes from; by default the model, for the official one LAION's ViT-H as in its own code."""
-    processor_revision: str | None = None
-    """Likewise of the processor, where it is another hub id."""
-    local_files_only: bool = False
-    """Never reach for the network; use what is in the cache."""
-    dtype: Dtype = "fp32"
-    """Precision of the frozen part; the last vision block, norms and dot products are fp32."""
     crop: Crop = "hf"
     """Which pixel the middle begins at where two are as good: as transformers or as torchvision decides."""
     lr: Annotated[float, Field(gt=0)] = 5e-6
@@ -54,15 +44,10 @@ class PickscoreAdversarial(Reward):
     d_steps: int = Field(1, gt=0)
     """At most so many steps of the CLIP in an epoch, each only if references still score below images."""
 
-    abstains: ClassVar[bool] = False
-    differentiable: ClassVar[bool] = True
     learns: ClassVar[bool] = True
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The model, then where its tokenizer comes from."""
-        own = Checkpoint(self.model, self.revision)
-        words = self.processor or (LAION if self.model == OFFICIAL else None)
-        return [own, Checkpoint(words, self.processor_revision, TEXT) if words else own]
+        return self.parts(tokenizer=LAION if self.model == OFFICIAL else None)
 
     def setup(self, device: torch.device | str) -> Head:
         from diffalign.rewards import _clip, _clip_critic, _references

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffalign.shapes import questions
+from diffalign.shapes.tokenizer import merged
 from diffalign.shapes.tokenizer import words as grammar
 from diffalign.shapes.world import SIZE
 
@@ -46,13 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     merges: list[tuple[str, str]] = []
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     for word in sorted(text, key=lambda w: (-len(w.strip("Ġ")), w.strip("Ġ"), w)):  # long words first: they must win
-        pieces = list(word)
-        for left, right in merges:
-            i = 0
-            while i < len(pieces) - 1:
-                if (pieces[i], pieces[i + 1]) == (left, right):
-                    pieces[i : i + 2] = [left + right]
-                i += 1
+        pieces = merged(list(word), merges)
         while len(pieces) > 1:
             start = 1 if pieces[0] == "Ġ" and len(pieces) > 2 else 0  # the space comes last
             merges.append((pieces[start], pieces[start + 1]))
