@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffalign import rewards, validity
 from diffalign.images import grid, save_png
 from diffalign.rollout import collect, sample_seed
 from diffalign.types import Pipeline, RewardOutput
+from diffalign.writing import put
 
 if TYPE_CHECKING:
     from diffalign.sections import Sampling
@@ -86,9 +86,7 @@ def write(
     save_png(grid(torch.stack(images), 6), folder / "images" / f"eval_{epoch:04d}.png")
     stored = {"epoch": epoch, "steps": steps, "seconds": round(time.monotonic() - began, 3), "samples": samples}
     path = folder / "eval" / f"{epoch:04d}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(stored, indent=1), "utf-8")
-    os.replace(temporary, path)
+    put(path, json.dumps(stored, indent=1))
 
 
 def means(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:

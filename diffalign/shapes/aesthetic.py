@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffalign.artifact_training import auroc
 from diffalign.shapes import card
 from diffalign.shapes.corruptions import corrupt_all
 from diffalign.shapes.fitting import batches
@@ -66,11 +67,6 @@ def layered(w: Tensor, b: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def auroc(scores: Tensor, y: Tensor) -> float:
-    """Probability that a whole picture scores above a broken one."""
-    return float((scores[y == 1][:, None] > scores[y == 0][None]).float().mean())
-
-
 def fit(model: str, folder: Path, scenes: int = SCENES, held_out: int = HELD_OUT) -> dict[str, Any]:
     """Write `folder`/model.safetensors for the CLIP `model`, with what was measured beside it; returns that."""
     from functools import partial
@@ -89,7 +85,7 @@ def fit(model: str, folder: Path, scenes: int = SCENES, held_out: int = HELD_OUT
         "model": Path(model).name,
         "scenes": scenes,
         "held_out": held_out,
-        "auroc": round(auroc(e.double() @ w + b, y), 4),
+        "auroc": round(auroc(e.double() @ w + b, y == 1), 4),
     }
     with replacing(folder) as new:
         save_file(layered(w, b), new / "model.safetensors")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffalign.rewards import _preprocess
+from diffalign.rewards._preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.shapes import world
-from diffalign.shapes.export import CLIP_MEAN, CLIP_STD
 from diffalign.shapes.publish import replacing
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ PATCH = 8
 
 def normalise(images: Tensor) -> Tensor:
     """[N, 3, H, W] in [0, 1] -> what the model expects."""
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return _preprocess.normalise(images, MEAN, STD)
 
 
 def clip_normalise(images: Tensor) -> Tensor:
     """[N, 3, H, W] in [0, 1] -> what tiny-clip expects."""
-    return (images - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    return _preprocess.normalise(images)
 
 
 def network() -> Dinov2Model:

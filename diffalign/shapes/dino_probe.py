@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffalign.artifact_training import auroc
 from diffalign.shapes.dino import SEED, Bank, broken, clean, sampled
 from diffalign.shapes.dino_network import normalise
 from diffalign.shapes.fitting import batches
@@ -29,12 +30,6 @@ def probe(x: Tensor, y: Tensor, new: Tensor) -> Tensor:
     weight = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]).double(), x.T @ y.double())
     scores: Tensor = new @ weight
     return scores.float()
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counting half."""
-    a, b = scores[positive][:, None], scores[~positive][None]
-    return float(((a > b).float() + 0.5 * (a == b).float()).mean())
 
 
 def measure(model: Any, images: Tensor, n: int = 600, seed: int = SEED + 10) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffalign.pipelines import SIDECAR
+from diffalign.rewards._preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.shapes import networks, prompts, world
 from diffalign.shapes.prompts import TAGS
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
     from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGES_PER_PROMPT, STEPS = 4, 20  # of the evaluation on the card
 
 

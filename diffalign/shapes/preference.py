@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffalign.rewards import _preprocess
 from diffalign.shapes import card, prompts, samples, world
 from diffalign.shapes.dino import KINDS as OBJECTS
 from diffalign.shapes.dino import patches
-from diffalign.shapes.export import CLIP_MEAN, CLIP_STD
 from diffalign.shapes.fitting import Fit, Losses, batches, fit
 from diffalign.shapes.preference_data import CLASSES, DRAWN, KINDS, Bank, fill, mirror, recolour, rename, shift
 from diffalign.shapes.pretrain import Data, contrastive, draw_scenes
@@ -46,8 +46,7 @@ CONTRASTIVE, LOCAL, COUNTS = 0.5, 2.0, 4.0  # weights of the losses beside Bradl
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 -> what a CLIP image tower expects."""
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return _preprocess.normalise(images.float() / 255)
 
 
 def bradley_terry(s: Tensor, judged: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffalign.rewards._preprocess import normalise
 from diffalign.shapes import card, networks, prompts, tokenizer, world
-from diffalign.shapes.export import CLIP_MEAN, CLIP_STD, export, first_text_encoder, measure, pipeline
+from diffalign.shapes.export import export, first_text_encoder, measure, pipeline
 from diffalign.shapes.fitting import Fit, Losses, atomic_save, batches, fit
 from diffalign.shapes.publish import add_log
 
@@ -85,11 +86,10 @@ def fit_clip(data: Data, ids: Tensor, words: CLIPTokenizer, folder: Path) -> Any
     """Two text encoders of different depth and activation against one image tower."""
     models: Any = nn.ModuleDict({"clip": networks.clip(words), "second": networks.text_encoder(words, 4, "gelu")})
     clip, second = models["clip"], models["second"]
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
 
     def loss(step: int, generator: torch.Generator) -> Losses:
         k = torch.randint(len(data.images), (128,), generator=generator)
-        pixels = (data.images[k].float() / 255 - mean) / std
+        pixels = normalise(data.images[k].float() / 255)
         same = data.meaning[k][:, None] == data.meaning[k][None]
         with torch.autocast("cpu", torch.bfloat16):
             out = clip(input_ids=ids[data.text[k]], pixel_values=pixels)
