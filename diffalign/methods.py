@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffalign.listing import available, nearest
 from diffalign.types import UserError
@@ -56,3 +57,19 @@ def lookup(package: str, name: str, base: type[M]) -> Any:
     if len(found) != 1:
         raise UserError(f"{module.__name__} must define exactly one {base.__name__}, found {len(found)}")
     return found[0]
+
+
+def configured(kind: type[M], options: Mapping[str, Any], what: str) -> M:
+    """`kind` validated from its options, of which "name" is one; `what` it is, such as 'reward'.
+
+    Raises UserError: one sentence on the first wrong option.
+    """
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ").replace("Input", "input", 1)
+        if first["type"] == "extra_forbidden":
+            said = f"there is no such option; {nearest(where, sorted(set(kind.model_fields) - {'name'}))}"
+        raise UserError(f"{what} '{options['name']}'{', ' * bool(where)}{where}: {said}") from error

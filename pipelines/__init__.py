@@ -1,4 +1,7 @@
-"""Loading a model by name. One file per family: SERVES lists the diffusers classes it serves, wrap() wraps one."""
+"""Loading a model by name. One file per family: SERVES lists the diffusers classes it serves, wrap() wraps one.
+
+any.py serves every other text-to-image pipeline, for steering alone.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,9 @@ from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffalign.types import UserError
-
-if TYPE_CHECKING:
-    from diffalign.types import Pipeline
 
 DTYPES = ("fp32", "bf16", "fp16")
 ENCODERS = ("resident", "offload")
@@ -53,15 +53,22 @@ def embedded_path(name: str) -> Path:
     return Path(str(files("diffalign.shapes"))) / "weights" / name
 
 
-def family(class_name: Any) -> ModuleType:
-    """The module here that serves a diffusers pipeline class; an exact name wins over a pattern such as '*'."""
-    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+def family(class_name: Any, steering: bool = False) -> ModuleType:
+    """The module here that serves a diffusers pipeline class; an exact name wins over a pattern, a longer one over '*'.
+
+    any.py, which serves every class, is considered for steering alone.
+    """
+    names = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names if steering or name != "any"]
     served = [(pattern, module) for module in modules for pattern in module.SERVES]
-    for pattern, module in sorted(served, key=lambda entry: "*" in entry[0]):
+    for pattern, module in sorted(served, key=lambda entry: ("*" in entry[0], -len(entry[0]))):
         if fnmatch(str(class_name), pattern):
             return module
     known = ", ".join(sorted(pattern for pattern, _ in served))
-    raise UserError(f"no adapter for a {class_name}; use a model of one of these diffusers classes: {known}")
+    raise UserError(
+        f"no adapter for a {class_name}; use a model of one of these diffusers classes: {known}; `diffalign steer` "
+        "takes any text-to-image pipeline"
+    )
 
 
 def load(
@@ -71,8 +78,9 @@ def load(
     device: str | None = None,
     max_sequence_length: int | None = None,
     encoders: str = "resident",
-) -> Pipeline:
-    """Load an embedded model ('tiny-sd3'), a diffusers folder or a hub id, and wrap it for its family.
+    steering: bool = False,
+) -> Any:
+    """Load an embedded model ('tiny-sd3'), a diffusers folder or a hub id, and wrap it: a :class:`Pipeline`.
 
     Args:
         revision: branch, tag or commit of a hub id.
@@ -81,6 +89,7 @@ def load(
         max_sequence_length: T5 tokens of the prompt; 0 does without T5 and does not load it. By default what diffusers
             uses (256 for SD3), but 0 for an embedded model, whose T5 is empty, and for a folder exported from one.
         encoders: 'resident' on the device, or 'offload': in main memory, and on the device only to encode.
+        steering: a class that no family file serves gives an AnyPipeline, which can be steered and not trained.
 
     Raises UserError when the model cannot be found, reached, read or is of an unknown family.
     """
@@ -106,7 +115,7 @@ def load(
         raise UserError(_unreadable(path, local, error)) from error
     if "_class_name" not in config:
         raise UserError(f"model_index.json of '{path}' names no _class_name; save the model with save_pretrained")
-    module = family(config["_class_name"])
+    module = family(config["_class_name"], steering)
     try:
         # The VAE stays in fp32: it decodes the images that are rewarded.
         dtypes: Any = {"default": torch_dtype, "vae": torch.float32}
@@ -120,8 +129,7 @@ def load(
         raise UserError(_unreadable(path, local, error)) from error
     _check_tokenizers(path, pipe)
     offload = encoders == "offload"
-    wrapped: Pipeline = module.wrap(pipe, torch_dtype, chosen, max_sequence_length, (source, revision), offload)
-    return wrapped
+    return module.wrap(pipe, torch_dtype, chosen, max_sequence_length, (source, revision), offload)
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -148,10 +156,12 @@ def _remembered(folder: Path) -> int | None:
 
 def _check_tokenizers(path: str | Path, pipe: Any) -> None:
     # transformers gives a tokenizer without its files a vocabulary of special tokens, and every prompt would look alike
+    from transformers import PreTrainedTokenizerBase
+
     for name, part in pipe.components.items():
         encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
-        if not name.startswith("tokenizer") or part is None or encoder is None:
-            continue
+        if not isinstance(part, PreTrainedTokenizerBase) or not name.startswith("tokenizer") or encoder is None:
+            continue  # FLUX.2 has a processor of text and images there
         words, known = encoder.config.get_text_config().vocab_size, len(part)
         if 2 * known < words:
             raise UserError(

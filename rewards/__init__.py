@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr
 
-from diffalign.listing import nearest
-from diffalign.methods import Method, lookup
+from diffalign.methods import Method, configured, lookup
 from diffalign.shaping import Shape
 from diffalign.types import RewardOutput, UserError
 
@@ -176,15 +175,7 @@ def resolve(entry: str | Mapping[str, Any] | Reward) -> Reward:
     if not is_head and not callable(found):
         raise UserError(f"reward '{options['name']}' is a {type(found).__name__}; name a function or a Reward class")
     kind: type[Reward] = found if is_head else FunctionReward
-    try:
-        reward = kind.model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ").replace("Input", "input", 1)
-        if first["type"] == "extra_forbidden":
-            said = f"there is no such option; {nearest(where, sorted(set(kind.model_fields) - {'name'}))}"
-        raise UserError(f"reward '{options['name']}'{', ' * bool(where)}{where}: {said}") from error
+    reward = configured(kind, options, "reward")
     if isinstance(reward, FunctionReward):
         reward._function = found
     return reward

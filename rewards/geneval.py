@@ -24,7 +24,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 class Geneval(Reward):
-    """The four scores, from `prompts` metadata in GenEval's form; metadata without its clauses scores NaN.
+    """The four scores, from `prompts` metadata in GenEval's form; without its clauses the score is NaN, but for prompts
+    of the shapes world, which are read from their text.
 
     correct: 1 if the official GenEval logic holds on the clean detections, else 0. Broken shapes are not seen, and
         objects that nobody asked for do no harm unless an exclude clause names them.
@@ -87,8 +88,9 @@ class Geneval(Reward):
             "dense": geneval_logic.geneval_dense,
             "flow_grpo": geneval_logic.geneval_flow_grpo,
         }[self.mode]
-        rows = [i for i, wanted in enumerate(metadata) if wanted.get("include") or wanted.get("exclude")]
-        asked = [metadata[i] for i in rows]
+        clauses = [self._clauses(m, p) for m, p in zip(metadata, prompts, strict=True)]
+        rows = [i for i, wanted in enumerate(clauses) if wanted.get("include") or wanted.get("exclude")]
+        asked = [clauses[i] for i in rows]
         for i, wanted in zip(rows, asked, strict=True):
             _check(wanted, prompts[i], detector)
         scores = torch.full((len(images),), float("nan"))
@@ -96,6 +98,13 @@ class Geneval(Reward):
         for i, wanted, seen in zip(rows, asked, found, strict=True):
             scores[i] = float(decide(*seen, wanted))
         return RewardOutput(scores)
+
+    def _clauses(self, metadata: Mapping[str, Any], prompt: str) -> Mapping[str, Any]:
+        if self.detector != "shapes" or "include" in metadata or "exclude" in metadata:
+            return metadata
+        from diffalign.shapes.prompts import understood
+
+        return understood(prompt) or metadata
 
 
 def _check(metadata: Mapping[str, Any], prompt: str, detector: Shapes | Mask2Former) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from itertools import permutations, product
 from typing import Any
 
@@ -142,3 +143,18 @@ def sample(rng: random.Random, catalogue: dict[str, list[tuple[str, list[Metadat
 def catalogue() -> dict[str, list[tuple[str, list[Metadata]]]]:
     """All prompts of all categories without openings: what pre-training draws from."""
     return {tag: list(_all(tag)) for tag in TAGS}
+
+
+@cache
+def _by_text() -> dict[str, tuple[str, list[Metadata]]]:
+    return {text: (tag, include) for tag, every in catalogue().items() for text, include in every}
+
+
+def understood(prompt: str) -> Metadata | None:
+    """The metadata of a prompt of this grammar as a user writes it; None for any other text."""
+    words = " ".join(prompt.lower().rstrip(" .").split())
+    for opening in sorted(OPENINGS, key=len, reverse=True):
+        found = _by_text().get(words.removeprefix(opening))
+        if found is not None:
+            return metadata(found[0], prompt, found[1])
+    return None

@@ -1,0 +1,83 @@
+"""What is set from a few plain samples or from the model, what is returned, and what is warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.schedules import RectifiedFlow
+from diffalign.steering import Oracle, Outcome, Steering
+from diffalign.steering._problem import Problem
+
+PILOT = 8  # plain samples that set lam
+PILOT_FROM = 1 << 20  # their number as particles, far from those of any run
+PILOTED = 4  # prompts of a list that set it
+STRENGTHS = 3.0  # lam auto is so many times 1 / std
+FALLBACK = 10.0  # lam where plain samples all score alike: Fk-Diffusion-Steering's own default
+
+
+def default_kernel(method: Steering, oracle: Oracle) -> tuple[str, float]:
+    """(kernel, eta): the ODE where no noise is needed; else what is least biased for the model's schedule."""
+    if not method.stochastic:
+        return "ode", 0.0
+    if isinstance(oracle.schedule, RectifiedFlow):
+        return "flow_sde", 1.0 if len(oracle.sigmas) > 28 else 0.7
+    return "ddim", 1.0
+
+
+def tuned(method: Steering, problems: Sequence[Problem]) -> tuple[Steering, list[str]]:
+    """The method with lam set where it is 'auto': 3 / std of the reward over 8 plain samples of each prompt.
+
+    The deviations are within prompts, since particles of one prompt alone compete. The samples are walked with the
+    kernel that the method will use. Also returns what the user should know.
+    """
+    if dict(method).get("lam") != "auto":
+        return method, []
+    off = torch.cat([_deviations(problem) for problem in problems])
+    std = float(off.square().sum() / max(1, len(off) - len(problems))) ** 0.5
+    if std > 0:
+        return method.model_copy(update={"lam": STRENGTHS / std}), []
+    said = f"all {len(off)} plain samples of the pilot score alike, so lam is {FALLBACK:g}; give lam to choose another"
+    return method.model_copy(update={"lam": FALLBACK}), [said]
+
+
+def _deviations(problem: Problem) -> Tensor:
+    if problem.own is None:
+        generators = problem.particles(PILOT_FROM, PILOT)
+    else:
+        generators = [problem.generator(PILOT_FROM, j) for j in range(PILOT)]
+    plain = replace(problem, watch=None)
+    rewards = plain.score(plain.walk(plain.start(generators), generators), plain.steps)
+    known = rewards[rewards > -torch.inf]
+    return known - known.mean()
+
+
+def selected(method: Steering, outcome: Outcome, problem: Problem) -> Tensor:
+    """Indices of what is returned: sorted by reward, the best alone, or one draw by weight."""
+    if method.select == "sample":
+        drawn = torch.multinomial(outcome.log_weights.exp(), 1, generator=problem.generator(2))
+        return drawn
+    order = outcome.rewards.argsort(descending=True, stable=True)
+    return order[:1] if method.select == "best" else order
+
+
+def warnings(history: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+    """What went wrong on the way, for people: sentences."""
+    said = []
+    weighed = [row for row in history if "ess" in row]
+    low = [row for row in weighed if row["ess"] < 1.5 and row["step"] < steps]
+    if low:
+        said.append(
+            f"fewer than 1.5 particles were effective at step {low[0]['step']}: lam is too large, or particles too few"
+        )
+    single = [row for row in weighed if row["roots"] == 1 and row["step"] <= steps / 2]
+    if single:
+        said.append(
+            f"all particles descend from one noise at step {single[0]['step']}, before half way: lower lam, or weigh "
+            "later"
+        )
+    return said

@@ -1,0 +1,218 @@
+"""Steering many prompts from the command line: images, run.jsonl, contact sheet and report, resumable at any prompt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.images import save_png
+from diffalign.rewards import Scorer, score
+from diffalign.steer import Steer, Steered
+from diffalign.steering import resolve
+from diffalign.types import UserError
+from diffalign.writing import put, writing
+
+SETTINGS, LINES, IMAGES = "steer.json", "run.jsonl", "images"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make of every prompt.
+
+    Attributes:
+        compare: other ways beside the method: 'base', one plain image, and 'bon', best of N at the method's cost.
+        judges: rewards that score what is returned and steer nothing.
+        arguments: of the pipeline's call.
+    """
+
+    folder: Path
+    prompts: Sequence[Mapping[str, Any]]
+    steps: int
+    seed: int
+    compare: Sequence[str]
+    judges: Mapping[str, Scorer]
+    arguments: Mapping[str, Any]
+
+
+def prepare(
+    folder: Path, settings: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], resume: bool
+) -> list[dict[str, Any]]:
+    """Lines that are done; makes the folder. `settings` is all that decides the images, as JSON.
+
+    Raises UserError for a folder with other content, or a run of other settings or prompts.
+    """
+    lines: list[dict[str, Any]] = []
+    note = folder / SETTINGS
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not resume:
+            raise UserError(f"'{folder}' is not empty; name a new folder, or go on in this one with --resume")
+        if not note.is_file():
+            raise UserError(f"'{folder}' holds no {SETTINGS}, so it is no steering run; name a new folder")
+        before = json.loads(note.read_text("utf-8"))
+        other = [k for k in settings if before.get(k) != settings[k]]
+        if other:
+            raise UserError(
+                f"the run in '{folder}' had {other[0]} {before.get(other[0])!r}, not {settings[other[0]]!r}; "
+                "give the same, or name a new folder"
+            )
+        lines = list(_complete(folder / LINES))
+        texts = [str(m["prompt"]) for m in prompts]
+        strange = [r for r in lines if r["index"] >= len(texts) or r["prompt"] != texts[r["index"]]]
+        if strange:
+            raise UserError(f"the run in '{folder}' had other prompts, such as {strange[0]['prompt']!r}; give the same")
+    with writing_to(folder):
+        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        if not note.is_file():
+            _note(folder, settings)
+        put(folder / LINES, "".join(_line(r) for r in lines))  # a killed run leaves half a line
+    return lines
+
+
+def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
+    """Steer the prompts that are not done, and write pages of all; also of those that an error or Ctrl-C left."""
+    from diffalign.eval import steering_report
+
+    lines, total = list(done), len(job.prompts)
+    try:
+        steer = _with_strength(job, steer)
+        with tqdm(total=total, initial=len(lines), disable=not sys.stderr.isatty(), unit="prompt") as bar:
+            for index in sorted(set(range(total)) - {line["index"] for line in lines}):
+                lines.append(one(job, steer, index, bar))
+                with writing_to(job.folder), open(job.folder / LINES, "a", encoding="utf-8") as file:
+                    file.write(_line(lines[-1]))
+                    file.flush()
+                    os.fsync(file.fileno())
+                bar.update(1)
+    except BaseException:
+        print(f"{len(lines)} of {total} prompts are done in {job.folder}; --resume goes on", file=sys.stderr)
+        if lines:
+            steering_report.write(job.folder)
+        raise
+    print(table(lines))
+    for said in sorted({said for line in lines for said in line["arms"][steer.method.name]["warnings"]}):
+        print(f"note: {said}")
+    page = steering_report.write(job.folder)
+    print(f"{total} prompts in {job.folder}; see {page}")
+
+
+def _with_strength(job: Job, steer: Steer) -> Steer:
+    """The steering with lam set; a resumed run takes what was found before."""
+    if dict(steer.method).get("lam") != "auto":
+        return steer
+    known = json.loads((job.folder / SETTINGS).read_text("utf-8"))
+    if "lam" not in known:
+        method, spent = steer.calibrated(job.prompts, job.steps, job.seed, job.arguments)
+        known |= {"lam": dict(method)["lam"], "lam_nfe": spent}
+        _note(job.folder, known)
+    return steer.using(steer.method.model_copy(update={"lam": known["lam"]}))
+
+
+def _note(folder: Path, settings: Mapping[str, Any]) -> None:
+    with writing_to(folder):
+        put(folder / SETTINGS, json.dumps(dict(settings), ensure_ascii=False, indent=1) + "\n")
+
+
+def one(job: Job, steer: Steer, index: int, bar: Any) -> dict[str, Any]:
+    """Every arm of one prompt: its images on the disk, its numbers as a line of run.jsonl."""
+    metadata = job.prompts[index]
+    prompt = str(metadata["prompt"])
+
+    def tell(_: Steer, step: int, sigma: float, seen: dict[str, Any]) -> None:
+        known = {"ESS": "ess", "roots": "roots", "best": "best"}
+        told = {name: f"{seen[key]:.3g}" for name, key in known.items() if seen.get(key) is not None}
+        bar.set_postfix({"step": f"{step + 1}/{job.steps}", **told}, refresh=False)
+        bar.update(0)
+
+    def make(chosen: Steer) -> Steered:
+        return chosen(prompt, job.steps, job.seed, metadata, index, tell, **job.arguments)
+
+    found = {steer.method.name: make(steer)}
+    cost = found[steer.method.name].nfe
+    if "base" in job.compare:
+        found["base"] = make(steer.using(resolve({"name": "best_of_n", "particles": 1}), "ode"))
+    if "bon" in job.compare:
+        found["bon"] = make(steer.using(resolve({"name": "best_of_n", "budget_nfe": cost, "select": "best"}), "ode"))
+    arms = {name: _arm(job, index, name, steered, metadata) for name, steered in found.items()}
+    return {"index": index, "prompt": prompt, "arms": arms}
+
+
+def _arm(job: Job, index: int, name: str, steered: Steered, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    files = [f"{index:04d}_{name}_{k:02d}.png" for k in range(len(steered.images))]
+    with writing_to(job.folder):
+        for file, image in zip(files, steered.images, strict=True):
+            save_png(image, job.folder / IMAGES / file)
+    n = len(files)
+    outputs = score(job.judges, steered.images, [steered.prompt] * n, [metadata] * n, n) if job.judges else {}
+    lineage = steered.lineage
+    return {
+        "images": [f"{IMAGES}/{file}" for file in files],
+        "rewards": _numbers(steered.rewards),
+        "weights": _numbers(steered.weights),
+        "judges": {judge: _numbers(output.scores) for judge, output in outputs.items()},
+        "method": steered.method.model_dump(mode="json"),
+        "seed": steered.seed,
+        "nfe": steered.nfe,
+        "reward_calls": steered.reward_calls,
+        "seconds": {phase: round(s, 4) for phase, s in steered.seconds.items()},
+        "log_z": steered.log_z,
+        "ancestors": steered.ancestors,
+        "leaves": steered.leaves,
+        "lineage": {"step": lineage.step, "parent": lineage.parent, "reward": [_number(r) for r in lineage.reward]},
+        "history": [{k: _number(v) if isinstance(v, float) else v for k, v in row.items()} for row in steered.history],
+        "warnings": steered.warnings,
+    }
+
+
+def writing_to(folder: Path) -> Any:
+    return writing(f"into '{folder}'", folder)
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no infinities."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [_number(v) for v in values.double().tolist()]
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _complete(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file that a killed run may have left in the middle of one."""
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Means over prompts, one row an arm: reward of the best image, what the judges say of it, and the cost."""
+    arms = list(lines[0]["arms"])
+    judges = list(lines[0]["arms"][arms[0]]["judges"])
+    rows = [["", "reward", *judges, "forwards", "seconds"]]
+    for arm in arms:
+        here = [line["arms"][arm] for line in lines]
+        means = [_mean([a["rewards"][0] for a in here]), *(_mean([a["judges"][j][0] for a in here]) for j in judges)]
+        rows.append([arm, *means, _mean([a["nfe"] for a in here], 0), _mean([a["seconds"]["total"] for a in here], 2)])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows
+    )
+
+
+def _mean(values: Sequence[float | None], digits: int = 4) -> str:
+    known = [v for v in values if v is not None]
+    return f"{sum(known) / len(known):.{digits}f}" if known else "-"
