@@ -134,6 +134,8 @@ class Steer:
         self, prompts: Sequence[Mapping[str, Any]], steps: int, seed: int, arguments: Mapping[str, Any]
     ) -> tuple[Steering, int]:
         """The method with lam set for a list of prompts, and the network forwards that took; see `tuned`."""
+        if dict(self.method).get("lam") != "auto":
+            return self.method, 0
         problems = [
             self.problem(str(m["prompt"]), steps, seed, m, index, arguments)
             for index, m in enumerate(prompts[:PILOTED])

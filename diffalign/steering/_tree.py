@@ -125,7 +125,6 @@ def branching(
         usable = [i for i in noisy if LOWEST <= sigmas[i] <= HIGHEST] or list(noisy)
         n = min(POINTS, len(usable))
         return tuple(usable[int((k + 0.5) * len(usable) / n)] for k in range(n))
-    assert not isinstance(wanted, str)
     outside = [i for i in wanted if i not in noisy]
     if outside:
         raise UserError(

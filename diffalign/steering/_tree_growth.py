@@ -18,6 +18,7 @@ from diffalign.steering._tree import DEFAULT_VISITS, Rules, Tree, backup, descen
 from diffalign.types import UserError
 
 SAVE_EVERY = 60.0  # seconds
+SETTLED = 4  # visits a forward, after which a tree only returns to what it has
 
 # normalised log weight of each leaf, and log Z
 Weigh = Callable[[Tree], tuple[Mapping[int, float], float | None]]
@@ -36,11 +37,11 @@ class Limits:
         spent, visits = problem.spent, tree.nodes[0].visits
         if self.visits is not None and visits >= self.visits:
             return True
-        # visits to old leaves are free, so forwards alone might never run out
-        if self.nfe is not None and (
-            visits * problem.oracle.cost >= self.nfe or spent.nfe + batch * _longest(problem) > self.nfe
-        ):
-            return True
+        if self.nfe is not None:
+            # visits to old leaves are free, so forwards alone might never run out
+            settled = visits * problem.oracle.cost >= SETTLED * self.nfe
+            if settled or spent.nfe + batch * _longest(problem) > self.nfe:
+                return True
         return self.seconds is not None and done > 0 and spent.elapsed + took / done > self.seconds
 
 
@@ -63,11 +64,15 @@ def _longest(problem: Problem) -> int:
 
 
 def search(problem: Problem, rules: Rules, end: Limits, name: str, folder: str | None, weigh: Weigh) -> Outcome:
-    """All leaves of a tree that has reached `end`, gone on from its file in `folder` if there is one, and saved there."""
+    """All leaves of a tree that has reached `end`: a new one, or gone on from its file in `folder`, where it is saved."""
     if end.nfe is not None and end.nfe < rules.batch * _longest(problem):
         raise UserError(
             f"budget_nfe {end.nfe} is less than one batch of '{name}', {rules.batch * _longest(problem)} network "
             "forwards; raise it, or lower batch or the number of steps"
+        )
+    if folder is not None and problem.own is not None:
+        raise UserError(
+            "a tree that is saved needs one seed, from which all noise follows; give that, or no folder of trees"
         )
     path = None if folder is None else Path(folder) / f"tree-{problem.prompt:04d}.safetensors"
     settings = {"method": name, **asdict(rules), **_circumstances(problem)}

@@ -17,10 +17,10 @@ class DTSStar(Steering):
     """max r(x_T) by a walk down a tree of denoising paths; at most M T forwards.
 
     A visit goes to the child of highest v_c + c_uct sqrt(log N / N_c), or adds one while there are fewer than C N^a
-    after N visits; v = (1 / lam) log mean_c exp(lam v_c), so a large lam looks at the best leaf below a node and a small
-    one at their mean. The images are all leaves, so the best one seen is among them; all weight is on the leaf that the
-    children of highest value lead to, the paper's answer, which need not be the best seen. No reward of an unfinished
-    image is needed.
+    after N visits; v = (1 / lam) log mean_c exp(lam v_c), so a large lam looks at the best leaf below a node and a
+    small one at their mean. The images are all leaves, so the best one seen is among them; all weight is on the leaf
+    that the children of highest value lead to, the paper's answer, which need not be the best seen. No reward of an
+    unfinished image is needed, and one that is NaN is never followed.
     """
 
     name: str = "dts_star"
@@ -35,7 +35,7 @@ class DTSStar(Steering):
     root_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
     """a of the widening at the root, whose children are new initial noise; by default that of the others."""
     c_uct: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Weight of rarely visited children, on the reward's scale; auto: the standard deviation of the rewards so far."""
+    """Weight of rarely visited children, on the reward's scale; auto: the standard deviation of the leaves' rewards."""
     branch_steps: tuple[int, ...] | Literal["auto", "all"] = "auto"
     """Steps whose states may have several children, and are kept; auto: five where 0.1 <= sigma <= 0.95."""
     batch: Count = 1

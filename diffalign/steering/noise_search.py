@@ -88,7 +88,8 @@ class NoiseSearch(Steering):
                 height = float(rewards[best])
                 if self.algorithm == "zero_order":
                     pivot, parent = z[best : best + 1], here[best]
-            history.append({"step": r, "best": height, "mean": float(rewards[rewards > -torch.inf].mean())})
+            mean = float(rewards[rewards > -torch.inf].mean())
+            history.append({"round": r, "nfe": problem.spent.nfe, "best": height, "mean": mean})
             done, r = done + n, r + 1
         if not finished:
             raise UserError(
