@@ -17,7 +17,7 @@ from diffalign.steering import Lineage, Oracle, Outcome, Steering, parse_kernel,
 from diffalign.steering._native import Native
 from diffalign.steering._problem import Judge, Problem, Spent, Watched
 from diffalign.steering._resampling import normalised
-from diffalign.steering._tuning import PILOTED, default_kernel, selected, tuned, warnings
+from diffalign.steering._tuning import PILOTED, default_kernel, noisy_steps, selected, tuned, warnings
 from diffalign.types import UserError
 
 Preview = Callable[[Tensor, Sequence[str], float], Tensor]
@@ -160,7 +160,6 @@ class Steer:
         spent = Spent(Clock(self.pipeline.device))
         oracle = bound(self.pipeline, prompt, steps, arguments)
         kernel, eta = self.kernel or default_kernel(self.method, oracle)
-        first, last = self.window or (0, steps - 2)
         entry = {**(metadata or {}), "prompt": prompt}
         seed, own = _seeded(generator)
         return Problem(
@@ -168,7 +167,7 @@ class Steer:
             judge=judge(self.scorers, prompt, entry),
             kernel=kernel,
             eta=eta,
-            stochastic=range(max(first, 0), min(last, steps - 1) + 1) if kernel != "ode" else (),
+            stochastic=noisy_steps(kernel, steps, self.window),
             seed=seed,
             prompt=index,
             micro_batch=self.micro_batch,

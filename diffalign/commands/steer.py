@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from diffalign.commands import _common
 from diffalign.listing import summaries
 from diffalign.steering import Steering, parse_kernel, resolve
 from diffalign.types import UserError
+
+if TYPE_CHECKING:
+    from diffalign.steering._problem import Spent
 
 COMPARE = ("base", "bon")
 
@@ -73,14 +76,19 @@ def run(args: argparse.Namespace) -> None:
     for option in ("model", "reward", "out"):
         if getattr(args, option) is None:
             raise UserError(f"steer: --{option} is missing; add it, or see `diffalign steer --help`")
+    for option, value in (
+        ("steps", args.steps),
+        ("micro-batch", args.micro_batch),
+        ("first", 1 if args.first is None else args.first),
+    ):
+        if value < 1:
+            raise UserError(f"steer: --{option} must be at least 1, got {value}")
     rewards = reward_entries.parse_fixed(args.reward)
     judges = reward_entries.parse_fixed(args.judge) if args.judge else []
     wanted = chosen_prompts(args)
     compare = [] if args.compare == "none" else [word.strip() for word in args.compare.split(",")]
     if strange := [word for word in compare if word not in COMPARE]:
         raise UserError(f"steer: --compare knows base, bon and none, not '{strange[0]}'")
-    if args.kernel is not None:
-        parse_kernel(args.kernel)
     given = {
         "guidance_scale": args.guidance,
         "negative_prompt": args.negative_prompt,
@@ -105,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.rewards import build
     from diffalign.steer import Steer
 
+    rehearsed(args, method)  # finds what does not fit before anything is loaded or written
     folder = Path(args.out)
     done = steering_run.prepare(folder, settings, wanted, args.resume)
     pipeline: Any = pipelines.load(args.model, args.revision, args.dtype, args.device, steering=True)
@@ -166,8 +175,6 @@ def chosen_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.prompt and not all(p.strip() for p in args.prompt):
         raise UserError("a prompt is empty; write what the image should show")
     wanted = prompts.load(args.prompts) if args.prompts is not None else [{"prompt": p} for p in args.prompt]
-    if args.first is not None and args.first < 1:
-        raise UserError(f"steer: --first must be at least 1, got {args.first}")
     return wanted[: args.first]
 
 
@@ -195,11 +202,9 @@ def lora_folder(path: str) -> str:
 
 def dry_run(args: argparse.Namespace, method: Steering) -> None:
     """What a prompt would cost, without loading anything."""
-    from diffalign.steering._rehearsal import rehearse
-
     _common.quiet()
     guided = args.guidance is not None and args.guidance != 1
-    spent = rehearse(method, args.steps, 2 if guided else 1)
+    spent = rehearsed(args, method)
     plain = args.steps * (2 if guided else 1)
     print(f"{method.name}, {args.steps} steps{', guided' * guided}: for each prompt")
     print(f"  network forwards  {spent.nfe} ({spent.nfe / plain:.3g} plain images)")
@@ -214,6 +219,14 @@ def dry_run(args: argparse.Namespace, method: Steering) -> None:
         if extra is not None:
             print(f"  beside it, {word.strip():6} {extra} forwards")
     print_memory(args, method)
+
+
+def rehearsed(args: argparse.Namespace, method: Steering) -> Spent:
+    from diffalign.steering._rehearsal import rehearse
+
+    kernel = None if args.kernel is None else parse_kernel(args.kernel)
+    guided = args.guidance is not None and args.guidance != 1
+    return rehearse(method, args.steps, 2 if guided else 1, kernel, chosen_window(args.window))
 
 
 def print_memory(args: argparse.Namespace, method: Steering) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.clock import Clock
 from diffalign.schedules import RectifiedFlow, Schedule, flow_match_sigmas
 from diffalign.steering import Steering
 from diffalign.steering._problem import Problem, Spent
+from diffalign.steering._tuning import default_kernel, noisy_steps
 
-NOISE = ("flow_sde", 0.7)
+STAND_INS = {"lam": 1.0, "trees": None, "budget_seconds": None}  # what a rehearsal must not wait for, or write
 
 
 class Blank:
@@ -33,18 +33,29 @@ class Blank:
         return x0
 
 
-def rehearse(method: Steering, steps: int, cost: int) -> Spent:
-    """What a prompt costs: exact for all but searches whose way depends on the rewards, where it is an example."""
-    noise = NOISE if method.stochastic else ("ode", 0.0)
-    chosen = {"lam": 1.0} if dict(method).get("lam") == "auto" else {}
+def rehearse(
+    method: Steering,
+    steps: int,
+    cost: int = 1,
+    kernel: tuple[str, float] | None = None,
+    window: tuple[int, int] | None = None,
+) -> Spent:
+    """What a prompt costs: exact for all but searches whose way depends on the rewards, where it is an example.
+
+    Raises the UserErrors of a run whose steps, noise or budget do not suit the method.
+    """
+    oracle = Blank(steps, cost)
+    kind, eta = kernel or default_kernel(method, oracle)
     problem = Problem(
-        oracle=Blank(steps, cost),
+        oracle=oracle,
         judge=lambda images, sigma: images[:, 0],
-        kernel=noise[0],
-        eta=noise[1],
-        stochastic=range(steps - 1) if method.stochastic else (),
+        kernel=kind,
+        eta=eta,
+        stochastic=noisy_steps(kind, steps, window),
         micro_batch=1 << 20,
-        spent=Spent(Clock()),
     )
-    method.model_copy(update={**chosen, "budget_seconds": None}).run(problem)
+    replaced = {k: v for k, v in STAND_INS.items() if k in type(method).model_fields}
+    if dict(method).get("lam") != "auto":
+        replaced.pop("lam", None)
+    method.model_copy(update=replaced).run(problem)
     return problem.spent

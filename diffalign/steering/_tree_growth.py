@@ -64,7 +64,7 @@ def _longest(problem: Problem) -> int:
 
 
 def search(problem: Problem, rules: Rules, end: Limits, name: str, folder: str | None, weigh: Weigh) -> Outcome:
-    """All leaves of a tree that has reached `end`: a new one, or gone on from its file in `folder`, where it is saved."""
+    """All leaves of a tree that has reached `end`, a new one or that of a file in `folder`, where it is saved."""
     if end.nfe is not None and end.nfe < rules.batch * _longest(problem):
         raise UserError(
             f"budget_nfe {end.nfe} is less than one batch of '{name}', {rules.batch * _longest(problem)} network "

@@ -29,6 +29,12 @@ def default_kernel(method: Steering, oracle: Oracle) -> tuple[str, float]:
     return "ddim", 1.0
 
 
+def noisy_steps(kernel: str, steps: int, window: tuple[int, int] | None) -> range:
+    """Steps with noise: those of the window, by default all but the last, which would leave its noise in the image."""
+    first, last = window or (0, steps - 2)
+    return range(0) if kernel == "ode" else range(max(first, 0), min(last, steps - 1) + 1)
+
+
 def tuned(method: Steering, problems: Sequence[Problem]) -> tuple[Steering, list[str]]:
     """The method with lam set where it is 'auto': 3 / std of the reward over 8 plain samples of each prompt.
 

@@ -1,0 +1,357 @@
+"""Feynman-Kac steering and DAS against a target that is known exactly: a Gaussian mixture tilted by a linear reward.
+
+With the exact chain the law of the plain samples is the mixture at any number of steps, so every remaining error is the
+method's own. Floors of n = 8192 exact draws: modes .0045, histogram .034.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from test_oracle import TOY, A, tv
+from torch import Tensor
+
+from diffalign.samplers import randn, step
+from diffalign.schedules import Schedule, plain_sigmas
+from diffalign.steering import Outcome, Steering
+from diffalign.steering._fkd_official import Population, Rules, resampled
+from diffalign.steering._problem import Problem, Watched
+from diffalign.steering._resampling import SCHEMES, effective, resample
+from diffalign.steering._smc import bisected
+from diffalign.steering.das import DAS
+from diffalign.steering.fk import FK
+from diffalign.types import Step, UserError
+
+STEPS = 20
+AT = (4, 8, 12, 16)
+TARGET, LOG_Z = TOY.tilted(A), TOY.log_z(A)
+SDE: dict[str, Any] = {"kernel": "flow_sde", "eta": 1.0, "stochastic": range(STEPS)}
+POTENTIALS: tuple[Literal["diff", "max", "sum", "rt"], ...] = ("diff", "max", "sum", "rt")
+
+
+@dataclass
+class Toy:
+    """The mixture as an oracle. Its images are its latents, and it remembers the states that it saw last."""
+
+    schedule: Schedule = TOY.schedule
+    sigmas: Tensor = field(default_factory=lambda: plain_sigmas(STEPS))
+    cost: int = 1
+    last: Tensor | None = None
+
+    def start(self, generators: Sequence[torch.Generator]) -> Tensor:
+        return randn((len(generators), 2), generators, "cpu", torch.float64)
+
+    def predict(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        self.last = x
+        return TOY.predict(x, self.sigmas[i])
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0
+
+
+def reward(images: Tensor, sigma: float) -> Tensor:
+    return images @ A
+
+
+def exact(x: Tensor, x0: Tensor, eps: Tensor, i: int, generators: Sequence[torch.Generator]) -> Step:
+    """x' given x and an exact draw of x0 given x, which takes the place of the prediction."""
+    levels = plain_sigmas(STEPS)[i : i + 2]
+    drawn = TOY.sample_posterior(x, levels[0], generators)
+    noise = (x - (1 - levels[0]) * drawn) / levels[0]
+    return step(TOY.schedule, drawn, noise, x, levels[0], levels[1], "ddim", 1.0, generators=generators)
+
+
+CHAIN: dict[str, Any] = {"move": exact}
+
+
+def toy(seed: int = 0, prompt: int = 0, judge: Any = reward, **how: Any) -> Problem:
+    return Problem(how.pop("oracle", None) or Toy(), judge, seed=seed, prompt=prompt, **{"micro_batch": 4096, **how})
+
+
+@dataclass(frozen=True)
+class Found:
+    """Equal draws of many systems, pooled."""
+
+    mode: float  # total variation of the nearest components
+    hist: float  # total variation of the histogram
+    z: float  # mean of the evidence estimates over the true one
+    spread: float  # their standard deviation
+    ess: float  # smallest effective share of any weighing, each a mean over the systems
+    resampled: float  # resamplings of a system
+
+
+def modes(x: Tensor) -> float:
+    nearest = torch.cdist(x, TARGET.means).argmin(1)
+    return float((torch.bincount(nearest, minlength=4) / len(x) - TARGET.weights).abs().sum() / 2)
+
+
+def measure(method: FK | DAS, n: int, seed: int = 0, make: Callable[..., Problem] = toy, **how: Any) -> Found:
+    """n draws from systems of the method's size, one system a prompt."""
+    draws, z, shares, resampled = [], [], [], 0
+    for prompt in range(n // method.particles):
+        problem = make(seed, prompt, **how)
+        found = method.run(problem)
+        draws.append(found.x[resample("systematic", found.log_weights, problem.generator(0xFFFF))])
+        z.append(math.exp((found.log_z or 0.0) - LOG_Z))
+        shares.append([row.get("ess", math.nan) / method.particles for row in found.history])
+        resampled += sum(row["resampled"] for row in found.history)
+    x, ratio, ess = torch.cat(draws), torch.tensor(z), float(torch.tensor(shares).mean(0).min())
+    return Found(modes(x), tv(x, TARGET), float(ratio.mean()), float(ratio.std()), ess, resampled / len(z))
+
+
+def passes(found: Found, mode: float, hist: float = math.inf, z: float = 0.08) -> bool:
+    return found.mode < mode and found.hist < hist and abs(found.z - 1) < z
+
+
+@pytest.mark.parametrize(
+    ("particles", "n", "mode", "hist"),
+    [(16, 8192, 0.10, 0.12), (64, 16384, 0.03, 0.06), (256, 8192, 0.02, 0.06)],
+)
+def test_fk_reaches_the_target_as_particles_grow(particles: int, n: int, mode: float, hist: float) -> None:
+    found = measure(FK(particles=particles, lam=1.0, resample_at=AT), n, **CHAIN)
+    assert passes(found, mode, hist), found
+
+
+def test_importance_sampling_is_the_filter_that_never_resamples() -> None:
+    found = measure(FK(particles=64, lam=1.0, resample_at=()), 8192, **CHAIN)
+    assert passes(found, 0.05), found
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "systematic"])
+def test_every_scheme_is_unbiased(scheme: Any) -> None:
+    found = measure(FK(particles=16, lam=1.0, resample_at=AT, resample=scheme), 4096, 1, **CHAIN)
+    assert passes(found, 0.12), found
+
+
+def test_other_potentials_keep_the_evidence_unbiased() -> None:
+    found = measure(FK(particles=64, lam=1.0, resample_at=AT, potential="max"), 8192, **CHAIN)
+    assert abs(found.z - 1) < 0.15, found
+
+
+@pytest.mark.parametrize("temper", [0.1, "adaptive"])
+def test_tempering_keeps_the_target(temper: Any) -> None:
+    found = measure(FK(particles=64, lam=1.0, resample_at=AT, temper=temper), 4096, **CHAIN)
+    assert passes(found, 0.05), found
+
+
+def test_fk_on_the_models_own_kernel() -> None:
+    found = measure(FK(particles=64, lam=1.0, resample_at=AT), 8192, **SDE)
+    assert passes(found, 0.035, 0.08), found
+
+
+def test_plain_samples_of_the_kernel_are_near_the_mixture() -> None:
+    problem = toy(**SDE)
+    generators = problem.particles(0, 20_000)
+    assert tv(problem.walk(problem.start(generators), generators), TOY) < 0.055
+
+
+def test_the_official_weights_fail_where_ours_pass() -> None:
+    """The same settings: the official code forgets weights whenever it does not resample."""
+    ours = measure(FK(particles=16, lam=1.0, resample_at=AT), 2048, 1, **CHAIN)
+    official = measure(FK(particles=16, lam=1.0, resample_at=AT, compat="fkd-official"), 2048, 1, **CHAIN)
+    assert passes(ours, 0.12) and official.mode > 0.2, (ours, official)
+    assert not passes(replace(official, z=1.0), 0.12)
+
+
+def test_the_perfect_twist_resamples_less_than_the_predicted_image() -> None:
+    def knowing(seed: int, prompt: int, **how: Any) -> Problem:
+        oracle = Toy()
+
+        def value(images: Tensor, sigma: float) -> Tensor:
+            assert oracle.last is not None
+            return TOY.soft_value(oracle.last, sigma, A)
+
+        return toy(seed, prompt, oracle=oracle, preview=value, **how)
+
+    method = FK(particles=64, lam=1.0, resample_at="all")
+    usual, perfect = measure(method, 4096, **CHAIN), measure(method, 4096, make=knowing, **CHAIN)
+    assert passes(perfect, 0.05), perfect
+    assert perfect.ess > usual.ess and perfect.resampled < 0.9 * usual.resampled, (usual, perfect)
+
+
+def test_das_needs_fewer_particles() -> None:
+    blind = measure(FK(particles=4, lam=1.0, resample_at="all"), 640, 1, **SDE)
+    found = measure(DAS(particles=4, lam=1.0), 640, 1, **SDE)
+    assert blind.mode > 0.2 and passes(found, 0.1, z=0.1), (blind, found)
+    assert found.resampled < 0.3 * blind.resampled and found.spread < 0.7 * blind.spread, (blind, found)
+
+
+def test_das_keeps_the_target_on_the_exact_chain() -> None:
+    found = measure(DAS(particles=16, lam=1.0, resample_at=AT), 2048, 2, **CHAIN)
+    assert passes(found, 0.05, z=0.08), found
+
+
+def test_rounds_keep_the_evidence_unbiased() -> None:
+    four = FK(particles=16, lam=1.0, resample_at=AT, budget_nfe=4 * 16 * STEPS + 1)
+    outcomes = [four.run(toy(prompt=prompt, **CHAIN)) for prompt in range(64)]
+    assert all(len(o.x) == 64 for o in outcomes)
+    z = torch.tensor([math.exp((o.log_z or 0.0) - LOG_Z) for o in outcomes])
+    assert abs(float(z.mean()) - 1) < 0.08
+
+
+def test_rounds_are_the_systems_one_by_one() -> None:
+    once = FK(particles=8, lam=1.0, resample_at=AT)
+    problem = toy(**SDE)
+    both = once.model_copy(update={"budget_nfe": 2 * 8 * STEPS}).run(problem)
+    assert problem.spent.nfe == 2 * 8 * STEPS
+    first = once.run(toy(**SDE))
+    assert torch.equal(both.x[:8], first.x) and not torch.equal(both.x[8:], first.x)
+    assert both.log_z is not None and first.log_z is not None
+    share = both.log_weights[:8].logsumexp(0)
+    torch.testing.assert_close(float(share), first.log_z - both.log_z - math.log(2), atol=1e-12, rtol=0)
+    torch.testing.assert_close(both.log_weights[:8] - share, first.log_weights, atol=1e-12, rtol=0)
+    assert [both.lineage.step[leaf] for leaf in both.leaves] == [STEPS] * 16
+    assert {both.lineage.root(leaf) < 8 for leaf in both.leaves[:8]} == {True}
+    assert {both.lineage.reward[leaf] for leaf in both.leaves} == set(both.rewards.tolist())
+
+
+def plain(problem: Problem, n: int) -> Tensor:
+    generators = problem.particles(0, n)
+    return problem.walk(problem.start(generators), generators)
+
+
+@pytest.mark.parametrize("method", [FK(particles=8, lam=0.0), DAS(particles=8, lam=0.0)], ids=["fk", "das"])
+@pytest.mark.parametrize("how", [CHAIN, SDE], ids=["chain", "sde"])
+def test_strength_0_is_plain_sampling_to_the_bit(method: Steering, how: dict[str, Any]) -> None:
+    found = method.run(toy(**how))
+    assert torch.equal(found.x, plain(toy(**how), 8))
+    torch.testing.assert_close(found.log_weights.exp(), torch.full((8,), 1 / 8, dtype=torch.float64))
+    assert abs(found.log_z or 0.0) < 1e-12 and not any(row["resampled"] for row in found.history)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_one_particle_is_plain_sampling(potential: Any) -> None:
+    found = FK(particles=1, lam=3.0, potential=potential, resample_at="all", ess=1).run(toy(**SDE))
+    assert torch.equal(found.x, plain(toy(**SDE), 1)) and float(found.log_weights) == 0
+    torch.testing.assert_close(found.log_z, 3 * float(found.x[0] @ A), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("temper", [None, 0.1, "adaptive"])
+def test_a_constant_reward_steers_nothing(potential: Any, temper: Any) -> None:
+    problem = toy(judge=lambda images, sigma: torch.full((len(images),), -1.5), **SDE)
+    found = FK(particles=8, lam=2.0, potential=potential, resample_at=AT, temper=temper).run(problem)
+    assert not any(row["resampled"] for row in found.history)
+    assert found.log_z == pytest.approx(2.0 * -1.5, abs=1e-12)
+    assert torch.equal(found.x, plain(toy(**SDE), 8))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"kernel": "flow_sde", "eta": 0.0, "stochastic": range(STEPS)}, {"kernel": "flow_sde", "eta": 1.0}],
+    ids=["ode", "eta 0", "no stochastic step"],
+)
+@pytest.mark.parametrize("method", [FK(lam=1.0), FK(lam=1.0, resample_at=AT), DAS(lam=1.0)])
+def test_copies_of_an_ode_are_refused(how: dict[str, Any], method: Steering) -> None:
+    with pytest.raises(UserError, match="needs noise"):
+        method.run(toy(**how))
+
+
+def test_particles_are_their_generators() -> None:
+    def own(order: Sequence[int]) -> Outcome:
+        generators = [torch.Generator().manual_seed(100 + j) for j in order]
+        return FK(particles=6, lam=1.0, resample_at=()).run(toy(own=generators, **SDE))
+
+    order = [3, 1, 5, 0, 4, 2]
+    straight, permuted = own(range(6)), own(order)
+    torch.testing.assert_close(permuted.x, straight.x[order], atol=1e-12, rtol=0)
+    torch.testing.assert_close(permuted.log_weights, straight.log_weights[order], atol=1e-12, rtol=0)
+    assert permuted.log_z == pytest.approx(straight.log_z)
+    with pytest.raises(UserError, match="as many generators"):
+        FK(particles=7, lam=1.0).run(toy(own=[torch.Generator()] * 6, **SDE))
+
+
+@pytest.mark.parametrize("method", [FK(particles=7, lam=4.0, resample_at=AT), DAS(particles=7, lam=4.0)])
+def test_the_micro_batch_changes_nothing(method: Steering) -> None:
+    whole, single = method.run(toy(**SDE)), method.run(toy(micro_batch=1, **SDE))
+    assert any(row["resampled"] for row in whole.history)
+    torch.testing.assert_close(single.x, whole.x, atol=1e-9, rtol=0)
+    torch.testing.assert_close(single.log_weights, whole.log_weights, atol=1e-9, rtol=0)
+    assert single.lineage.parent == whole.lineage.parent and single.leaves == whole.leaves
+
+
+def test_everything_of_a_particle_moves_with_it() -> None:
+    """What is weighed and seen after a resampling belongs to the state that it stands beside."""
+    weighed = []
+
+    def watch(seen: Watched) -> None:
+        x0, _ = TOY.predict(seen.x, float(plain_sigmas(STEPS)[seen.step + 1])) if seen.step + 1 < STEPS else (seen.x, 0)
+        assert x0.shape == seen.x0.shape
+        if seen.row:
+            torch.testing.assert_close(seen.row["rewards"], seen.x0 @ A)
+            weighed.append(seen.row["resampled"])
+
+    found = FK(particles=8, lam=4.0, resample_at="all").run(toy(watch=watch, **SDE))
+    assert any(weighed)
+    torch.testing.assert_close(found.rewards, found.x @ A)
+    assert [found.lineage.reward[leaf] for leaf in found.leaves] == found.rewards.tolist()
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_a_particle_without_a_reward_weighs_nothing(potential: Any) -> None:
+    def left_only(images: Tensor, sigma: float) -> Tensor:
+        return reward(images, sigma).where(images[:, 0] < 0, torch.nan)
+
+    found = FK(particles=16, lam=1.0, resample_at=AT, potential=potential).run(toy(judge=left_only, **SDE))
+    right = found.x[:, 0] >= 0
+    assert bool((found.log_weights[right] == -torch.inf).all()) and bool((found.rewards[right] == -torch.inf).all())
+    assert bool(found.log_weights[~right].isfinite().any()) and float(found.log_weights.exp().sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", [FK(lam=1.0), FK(lam=1.0, compat="fkd-official"), DAS(lam=1.0)])
+def test_no_reward_at_all_is_an_error(method: Steering) -> None:
+    with pytest.raises(UserError, match="NaN for all"):
+        method.run(toy(judge=lambda images, sigma: images[:, 0] * torch.nan, **SDE))
+
+
+def test_the_strength_is_found_by_halving() -> None:
+    assert bisected(lambda value: value <= 0.3, 0.1, 1.0) == pytest.approx(0.3)
+    assert bisected(lambda value: True, 0.1, 1.0) == 1.0 and bisected(lambda value: False, 0.1, 1.0) == 0.1
+
+
+def test_adaptive_strength_rises_to_the_whole_and_spares_the_particles() -> None:
+    # sharper than the particles can bear at once
+    found = FK(particles=64, lam=6.0, resample_at="all", temper="adaptive").run(toy(**SDE))
+    strengths = [row["strength"] for row in found.history]
+    assert strengths == sorted(strengths) and strengths[0] < 6.0 == strengths[-1]
+    blunt = FK(particles=64, lam=6.0, resample_at="all").run(toy(**SDE))
+    assert found.history[0]["ess"] >= 32 * (1 - 1e-6) > blunt.history[0]["ess"]
+
+
+def official(**settings: Any) -> FK:
+    return FK(particles=6, lam=2.0, compat="fkd-official", **settings)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_the_official_code_walks_and_reports_like_fk(potential: Any) -> None:
+    problem = toy(**SDE)
+    found = official(resample_at=AT, potential=potential, ess=1).run(problem)
+    assert problem.spent.nfe == official().forwards(STEPS, 1) == 6 * STEPS
+    assert [row["step"] for row in found.history] == [*AT, STEPS]
+    assert all(row["resampled"] for row in found.history[:-1])
+    assert float(effective(found.log_weights)) == pytest.approx(6) and found.log_z is None
+    torch.testing.assert_close(found.rewards, found.x @ A)
+    assert [found.lineage.reward[leaf] for leaf in found.leaves] == found.rewards.tolist()
+    assert all(found.lineage.root(leaf) < 6 for leaf in found.leaves)
+
+
+@pytest.mark.parametrize(("settings", "word"), [({"temper": 0.1}, "temper"), ({"ess": 0.3}, "ess"), ({"resample": "ssp"}, "ssp")])  # fmt: skip
+def test_what_the_official_code_lacks_is_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        official(**settings).run(toy(**SDE))
+
+
+def test_official_weights_saturate_and_vanish() -> None:
+    start, generator = Population(torch.zeros(4), torch.ones(4)), torch.Generator().manual_seed(0)
+    rules = Rules("diff", 10.0, range(5), 5, adaptive=False)
+    _, _, weights = resampled(rules, start, torch.tensor([20.0, 30.0, torch.nan, 25.0]), 1, generator)
+    assert weights is not None and weights.tolist() == [1e10, 1e10, 0.0, 1e10]
+    with pytest.raises(UserError, match="every weight is 0"):
+        resampled(rules, start, torch.full((4,), -1e3), 1, generator)
+    _, index, weights = resampled(replace(rules, discrete=True), start, torch.full((4,), -1e3), 1, generator)
+    assert weights is not None and weights.tolist() == [1.0] * 4
