@@ -17,9 +17,9 @@ HAS = ("scheduler", "vae", "prepare_latents", "encode_prompt")
 OTHER = ("strength", "num_frames", "video_length", "audio_length_in_s", "audio_end_in_s", "audio_duration")
 NETWORKS = ("transformer", "unet")
 
-# Arguments that steering sets itself, or that would have no effect.
+# Arguments that steering sets itself, for it draws the noise and takes every step, to the end.
 CALLBACKS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
-OURS = (*TAKES, *CALLBACKS, "num_images_per_prompt", "return_dict", "eta")
+OURS = (*TAKES, *CALLBACKS, "num_images_per_prompt", "return_dict", "eta", "denoising_end")
 INDEXED = ("cfg_trunc_ratio", "control_guidance_start", "control_guidance_end", "adapter_conditioning_factor")
 
 # Arguments with one entry for each prompt: texts, and what encode_prompt makes of them.

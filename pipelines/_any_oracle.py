@@ -144,9 +144,8 @@ class AnyOracle:
         gradients = torch.is_grad_enabled()
         if gradients and pipe.components.get("safety_checker") is not None:
             methods["run_safety_checker"] = _straight_through(pipe.run_safety_checker)
-        draws = (
-            torch.Generator(self.pipeline.device) if generators is None else list(generators)
-        )  # never the global RNG
+        # Where the draw is thrown away it must not come from the global generator.
+        draws = torch.Generator(self.pipeline.device) if generators is None else list(generators)
         given = arguments_of.for_samples(self._arguments, n)
         call = arguments_of.undecorated(type(pipe)) if gradients else type(pipe).__call__
         with self.pipeline.interposed(tape, methods):

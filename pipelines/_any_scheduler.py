@@ -84,7 +84,9 @@ def recording(scheduler: Any) -> Any:
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             super().set_timesteps(*args, **kwargs)
             tape, flow = self.tape, not isinstance(self, DDIMScheduler)
-            tape.timesteps, tape.sigmas = self.timesteps, self.sigmas if flow else tape.sigmas
+            tape.timesteps = self.timesteps
+            if flow:
+                tape.sigmas = self.sigmas
             if tape.window:
                 first = tape.only or 0
                 self.timesteps = self.timesteps[first : first + (tape.only is not None)]

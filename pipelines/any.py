@@ -101,18 +101,15 @@ class AnyPipeline:
             raise UserError(f"a {name} takes no LoRA; leave it out")
         if not Path(folder).exists() and not looks_like_hub_id(str(folder)):
             raise UserError(f"LoRA folder '{folder}' does not exist; give a folder that holds a LoRA for a {name}")
-        before = self._adapters()
+        before = self.pipe.get_list_adapters()
         try:
             self.pipe.load_lora_weights(str(folder))
         except Exception as error:  # of the hub, the file and the fit, of many kinds
             raise UserError(f"cannot load the LoRA '{folder}': {reason(error)}; it must be one for a {name}") from error
-        if self._adapters() == before:
+        if self.pipe.get_list_adapters() == before:
             raise UserError(f"the LoRA '{folder}' fits no part of this {name}; load the model that it was trained on")
         for part in self._modules().values():
             part.requires_grad_(False)
-
-    def _adapters(self) -> Any:
-        return self.pipe.get_list_adapters()
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
