@@ -391,6 +391,10 @@ def test_what_cannot_work_is_refused(method: Any) -> None:
         method(lam=1.0, branch_steps=(3, 8)).run(sde())
     with pytest.raises(UserError, match="budget_nfe 25 is less than one batch of .*, 30 network forwards"):
         method(lam=1.0, budget_nfe=25, batch=3).run(problem())
+    piloted = problem()
+    piloted.spent.nfe = 16
+    with pytest.raises(UserError, match="budget_nfe 25 is less .*, 10 network forwards after the 16 already spent"):
+        method(lam=1.0, budget_nfe=25).run(piloted)
 
 
 def test_branching_stays_where_noise_is() -> None:

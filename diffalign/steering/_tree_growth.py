@@ -65,11 +65,6 @@ def _longest(problem: Problem) -> int:
 
 def search(problem: Problem, rules: Rules, end: Limits, name: str, folder: str | None, weigh: Weigh) -> Outcome:
     """All leaves of a tree that has reached `end`, a new one or that of a file in `folder`, where it is saved."""
-    if end.nfe is not None and end.nfe < rules.batch * _longest(problem):
-        raise UserError(
-            f"budget_nfe {end.nfe} is less than one batch of '{name}', {rules.batch * _longest(problem)} network "
-            "forwards; raise it, or lower batch or the number of steps"
-        )
     if folder is not None and problem.own is not None:
         raise UserError(
             "a tree that is saved needs one seed, from which all noise follows; give that, or no folder of trees"
@@ -78,6 +73,13 @@ def search(problem: Problem, rules: Rules, end: Limits, name: str, folder: str |
     settings = {"method": name, **asdict(rules), **_circumstances(problem)}
     tree = _tree_file.opened(path, settings) if path is not None else None
     tree = tree or Tree(problem.generator(0))
+    least = rules.batch * _longest(problem)
+    if end.nfe is not None and not tree.leaves and problem.spent.nfe + least > end.nfe:
+        after = f" after the {problem.spent.nfe} already spent" if problem.spent.nfe else ""
+        raise UserError(
+            f"budget_nfe {end.nfe} is less than one batch of '{name}', {least} network forwards{after}; raise it, or "
+            "lower batch or the number of steps"
+        )
     like = problem.start([problem.generator(0)])  # for its device and dtype
     problem.spent.nfe += tree.nfe  # a budget is for all runs of a prompt together
     done, began = 0, time.monotonic()

@@ -112,9 +112,13 @@ def standing(columns: Tensor, combine: str) -> Tensor:
 
 
 def survivors(columns: Tensor, share: float, combine: str = "sum") -> Tensor:
-    """Indices of the round(share n) best of n, at least one, best first."""
-    order = standing(columns, combine).argsort(descending=True, stable=True)
-    return order[: left(len(columns), share)]
+    """Indices of the round(share n) best of n, at least one, rising. Ties at the border go as numpy's partition goes,
+    which is how the published simulation breaks them."""
+    import numpy as np
+    import torch
+
+    n = left(len(columns), share)
+    return torch.from_numpy(np.sort(np.argpartition(standing(columns, combine).numpy(), -n)[-n:]))
 
 
 def charged(
