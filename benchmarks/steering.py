@@ -48,7 +48,7 @@ ROWS: dict[str, tuple[dict[str, Any], str | None]] = {  # (method, kernel)
 
 
 def measure(row: str, reward: str, count: int, out: Path) -> list[dict[str, Any]]:
-    """A record a prompt: rewards and judge of all returned images, best first, cost, and the curve of an anytime run."""
+    """A record a prompt: reward and judge of all returned images, best first, cost, and the curve of anytime runs."""
     from diffalign import pipelines
     from diffalign.prompts import load
     from diffalign.rewards import build
@@ -72,11 +72,11 @@ def measure(row: str, reward: str, count: int, out: Path) -> list[dict[str, Any]
         for index in range(len(done), count):
             prompt = prompts[index]
             found = steer(prompt["prompt"], STEPS, 0, prompt, index)
-            n = len(found.images)
+            n = len(found.pixels)
             record = {
                 "index": index,
                 "rewards": found.rewards.tolist(),
-                "geneval": judge(found.images, [found.prompt] * n, [prompt] * n).scores.tolist(),
+                "geneval": judge(found.pixels, [found.prompt] * n, [prompt] * n).scores.tolist(),
                 "nfe": found.nfe,
                 "reward_calls": found.reward_calls,
                 "seconds": found.seconds,

@@ -11,9 +11,10 @@ import yaml
 from diffalign.rewards import Reward, resolve
 from diffalign.types import UserError
 
+WEIGHT = r"[-+]?(\d+\.?\d*|\.\d+)"
 HELP = (
-    "names with options, such as pickscore,geneval:mode=dense or 'pickscore:model=tiny-clip,scale=raw', or one in "
-    "YAML, such as '{name: jpeg, quality: 80}'; may be repeated"
+    "names with weights or options, such as pickscore:1,jpeg:0.5 or 'pickscore:0.5,model=tiny-clip,scale=raw', or one "
+    "in YAML, such as '{name: jpeg, quality: 80}'; may be repeated"
 )
 
 
@@ -21,8 +22,8 @@ def parse(texts: Sequence[str]) -> list[Reward]:
     """The rewards of each text, in order; importing their files, loading nothing.
 
     NAME[:OPTION=VALUE[,OPTION=VALUE...]] are separated by commas; an OPTION=VALUE without a name belongs to the reward
-    before it. Values are read as YAML. A text that opens with '{' is the one reward's YAML mapping, for values with
-    commas. Raises UserError for what cannot be read, an unknown name or option, or two rewards of one name.
+    before it, and a number after the colon is its weight. Values are read as YAML. A text that opens with '{' is the
+    one reward's YAML mapping, for values with commas. Raises UserError for what cannot be read, an unknown name or option, or two rewards of one name.
     """
     rewards: dict[str, Reward] = {}
     for entry in (entry for text in texts for entry in _entries(text)):
@@ -63,8 +64,12 @@ def _entries(text: str) -> Iterator[dict[str, Any]]:
             raise UserError(f"--reward {text!r}: {part!r} belongs to no reward; write NAME:{part}")
         if part:
             option, equals, value = part.partition("=")
+            if re.fullmatch(WEIGHT, part):
+                option, equals, value = "weight", "=", f"{float(part)!r}"
             if not equals:
-                raise UserError(f"--reward {text!r}: {part!r} is no option; write OPTION=VALUE after the colon")
+                raise UserError(
+                    f"--reward {text!r}: {part!r} is no option; write OPTION=VALUE, or a weight, after the colon"
+                )
             entry[option.strip()] = _value(value)
     if entry:
         yield entry

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffalign.clock import Clock
+from diffalign.images import to_pixels
 from diffalign.rewards import FunctionReward, Reward, Scorer, build, shaped
 from diffalign.rewards import resolve as resolve_reward
 from diffalign.steering import Lineage, Oracle, Outcome, Steering, parse_kernel, resolve
@@ -29,7 +31,7 @@ class Steered:
     """Images of one prompt, best first, and what they cost.
 
     Attributes:
-        images: [n, 3, H, W] in [0, 1], fp32 on the CPU.
+        pixels: [n, 3, H, W] in [0, 1], fp32 on the CPU; `images` are the same for PIL.
         rewards: [n] float64; weights: [n] float64, sum 1, of the images as draws from the method's target.
         log_z: estimate of log E[exp(lam r)] over plain samples, for methods that have one.
         ancestors: [n] number of the initial noise that each image descends from, in order of appearance.
@@ -40,7 +42,7 @@ class Steered:
     """
 
     prompt: str
-    images: Tensor
+    pixels: Tensor
     latents: Tensor
     rewards: Tensor
     weights: Tensor
@@ -55,6 +57,10 @@ class Steered:
     reward_calls: int
     seconds: dict[str, float]
     warnings: list[str]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [Image.fromarray(to_pixels(image)) for image in self.pixels]
 
 
 class Steer:
@@ -113,7 +119,8 @@ class Steer:
             index: number of the prompt in a list; image j then starts like image j that `diffalign generate` makes.
             callback_on_step_end: (steer, step, sigma, {latents, x0, rewards, log_weights, ess}); may return
                 {"latents": ...} to go on from.
-            arguments: of the pipeline's own call, such as guidance_scale, height or negative_prompt.
+            arguments: of the pipeline's own call, such as guidance_scale, height or negative_prompt; with prompt_embeds
+                the prompt is read by rewards alone.
         """
         problem = self.problem(prompt, num_inference_steps, generator, metadata, index, arguments)
         if callback_on_step_end is not None:
@@ -183,13 +190,13 @@ class Steer:
         order = selected(method, outcome, problem)
         x = outcome.x[order.to(outcome.x.device)]
         with problem.spent.clock("decode"), torch.no_grad():
-            images = torch.cat([problem.oracle.decode(part).float().cpu() for part in x.split(problem.micro_batch)])
+            pixels = torch.cat([problem.oracle.decode(part).float().cpu() for part in x.split(problem.micro_batch)])
         roots: dict[int, int] = {}
         leaves = [outcome.leaves[k] for k in order.tolist()]
         spent = problem.spent
         return Steered(
             prompt=prompt,
-            images=images,
+            pixels=pixels,
             latents=x,
             rewards=outcome.rewards[order],
             weights=normalised(outcome.log_weights[order]).exp(),
@@ -256,7 +263,8 @@ def bound(pipeline: Any, prompt: str, steps: int, arguments: Mapping[str, Any]) 
     from diffalign.pipelines.any import AnyPipeline
 
     if isinstance(pipeline, AnyPipeline):
-        return pipeline.oracle(prompt, steps, arguments)
+        given = "prompt_embeds" in arguments  # the text is then the rewards' alone
+        return pipeline.oracle(None if given else prompt, steps, arguments)
     return Native(pipeline, prompt, steps, arguments)
 
 

@@ -146,12 +146,12 @@ def one(job: Job, steer: Steer, index: int, bar: Any) -> dict[str, Any]:
 
 
 def _arm(job: Job, index: int, name: str, steered: Steered, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    files = [f"{index:04d}_{name}_{k:02d}.png" for k in range(len(steered.images))]
+    files = [f"{index:04d}_{name}_{k:02d}.png" for k in range(len(steered.pixels))]
     with writing_to(job.folder):
-        for file, image in zip(files, steered.images, strict=True):
+        for file, image in zip(files, steered.pixels, strict=True):
             save_png(image, job.folder / IMAGES / file)
     n = len(files)
-    outputs = score(job.judges, steered.images, [steered.prompt] * n, [metadata] * n, n) if job.judges else {}
+    outputs = score(job.judges, steered.pixels, [steered.prompt] * n, [metadata] * n, n) if job.judges else {}
     lineage = steered.lineage
     return {
         "images": [f"{IMAGES}/{file}" for file in files],

@@ -33,6 +33,7 @@ ROOT = Path(diffalign.__file__).parent.parent
         (["jpeg:quality=80,mode=incompress,geneval:mode=dense"], [{"name": "jpeg", "quality": 80, "mode": "incompress"}, {"name": "geneval", "mode": "dense"}]),
         (["jpeg", "jpeg:label=fine,quality=99"], [{"name": "jpeg"}, {"name": "jpeg", "label": "fine", "quality": 99}]),
         (["{name: jpeg, label: 'a,b:c=d'}"], [{"name": "jpeg", "label": "a,b:c=d"}]),
+        (["jpeg:1,geneval:.5,mode=dense"], [{"name": "jpeg", "weight": 1.0}, {"name": "geneval", "weight": 0.5, "mode": "dense"}]),
         ([" jpeg , geneval:mode = dense,"], [{"name": "jpeg"}, {"name": "geneval", "mode": "dense"}]),
     ],
 )  # fmt: skip

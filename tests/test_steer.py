@@ -80,9 +80,10 @@ def test_images_are_best_first_and_the_cost_is_what_was_spent(tiny: Any, options
     assert out.nfe == sum(forwards) > 0
     assert out.reward_calls == sum(scored)
     assert out.rewards.tolist() == sorted(out.rewards.tolist(), reverse=True)
-    torch.testing.assert_close(redness(out.images, None, None).double(), out.rewards, atol=1e-6, rtol=0)
+    torch.testing.assert_close(redness(out.pixels, None, None).double(), out.rewards, atol=1e-6, rtol=0)
     assert float(out.weights.sum()) == pytest.approx(1)
-    assert len(out.images) == len(out.leaves) == len(out.ancestors) == len(out.latents)
+    assert [image.size for image in out.images] == [(64, 64)] * len(out.pixels)
+    assert len(out.pixels) == len(out.leaves) == len(out.ancestors) == len(out.latents)
     assert all(parent is None or parent < node for node, parent in enumerate(out.lineage.parent))
     assert sum(s for phase, s in out.seconds.items() if phase != "total") <= out.seconds["total"]
     told = rehearse(resolve(options), STEPS, 2)
@@ -94,7 +95,7 @@ def test_images_are_best_first_and_the_cost_is_what_was_spent(tiny: Any, options
 @pytest.mark.parametrize("options", EVERY, ids=lambda o: "-".join(map(str, o.values())))
 def test_micro_batch_changes_nothing(tiny: Any, options: dict[str, Any]) -> None:
     one, many = run(tiny, options, micro_batch=1), run(tiny, options, micro_batch=64)
-    torch.testing.assert_close(one.images, many.images, atol=1e-4, rtol=0)
+    torch.testing.assert_close(one.pixels, many.pixels, atol=1e-4, rtol=0)
     assert one.leaves == many.leaves
 
 
@@ -128,13 +129,13 @@ def test_plain_sampling_is_that_of_generate(tiny: Any) -> None:
     made = collect(tiny, [{"prompt": PROMPT}] * 2, torch.zeros(2, dtype=torch.long), seeds, sampling)
     assert made.images is not None
     order = redness(made.images, None, None).argsort(descending=True)
-    torch.testing.assert_close(out.images, made.images[order], atol=0, rtol=0)
+    torch.testing.assert_close(out.pixels, made.images[order], atol=0, rtol=0)
 
 
 def test_strength_nought_is_plain_sampling(tiny: Any) -> None:
     fk = run(tiny, {"name": "fk", "particles": 3, "lam": 0.0, "resample_at": "all"})
     plain = Steer(tiny, redness, {"name": "best_of_n", "particles": 3}, kernel="flow_sde:0.7")(PROMPT, STEPS, 0)
-    assert torch.equal(fk.images, plain.images)
+    assert torch.equal(fk.pixels, plain.pixels)
     assert fk.weights.tolist() == pytest.approx([1 / 3] * 3) and fk.log_z == 0
 
 
@@ -156,8 +157,8 @@ def test_the_images_that_are_returned(tiny: Any) -> None:
     every = run(tiny, {"name": "fk", "particles": 4, "lam": 30.0})
     best = run(tiny, {"name": "fk", "particles": 4, "lam": 30.0, "select": "best"})
     drawn = run(tiny, {"name": "fk", "particles": 4, "lam": 30.0, "select": "sample"})
-    torch.testing.assert_close(best.images, every.images[:1], atol=1e-5, rtol=0)  # decoded alone, not with three others
-    assert len(drawn.images) == 1 and torch.isclose(drawn.images, every.images, atol=1e-5).flatten(1).all(1).any()
+    torch.testing.assert_close(best.pixels, every.pixels[:1], atol=1e-5, rtol=0)  # decoded alone, not with three others
+    assert len(drawn.pixels) == 1 and torch.isclose(drawn.pixels, every.pixels, atol=1e-5).flatten(1).all(1).any()
 
 
 def test_the_draw_follows_the_weights(tiny: Any) -> None:
@@ -172,10 +173,10 @@ def test_the_draw_follows_the_weights(tiny: Any) -> None:
 
 def test_generators(tiny: Any) -> None:
     steer = Steer(tiny, redness, {"name": "best_of_n", "particles": 2})
-    seeded = [steer(PROMPT, STEPS, torch.Generator().manual_seed(s)).images for s in (1, 1, 2)]
+    seeded = [steer(PROMPT, STEPS, torch.Generator().manual_seed(s)).pixels for s in (1, 1, 2)]
     assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
     own = [torch.Generator().manual_seed(sample_seed(0, 0, 0, j)) for j in range(2)]
-    assert torch.equal(steer(PROMPT, STEPS, own).images, steer(PROMPT, STEPS, 0).images)
+    assert torch.equal(steer(PROMPT, STEPS, own).pixels, steer(PROMPT, STEPS, 0).pixels)
     with pytest.raises(UserError, match="2 particles need as many generators, got 1; or give one seed"):
         steer(PROMPT, STEPS, own[:1])
 
@@ -199,13 +200,13 @@ def test_several_rewards_are_weighed(tiny: Any) -> None:
     jpeg, red = {"name": "jpeg", "weight": 0.01}, redness
     out = Steer(tiny, [jpeg, red], {"name": "best_of_n", "particles": 4})(PROMPT, STEPS, 0)
     each = [Steer(tiny, r, {"name": "best_of_n", "particles": 4})(PROMPT, STEPS, 0) for r in (jpeg, red)]
-    together = {float(i.sum()): r for e in each for i, r in zip(e.images, e.rewards, strict=True)}
+    together = {float(i.sum()): r for e in each for i, r in zip(e.pixels, e.rewards, strict=True)}
     assert len(together) == 4
     sums: dict[float, float] = {}
     for e in each:
-        for image, reward in zip(e.images, e.rewards.tolist(), strict=True):
+        for image, reward in zip(e.pixels, e.rewards.tolist(), strict=True):
             sums[float(image.sum())] = sums.get(float(image.sum()), 0.0) + reward
-    assert [sums[float(i.sum())] for i in out.images] == pytest.approx(out.rewards.tolist())
+    assert [sums[float(i.sum())] for i in out.pixels] == pytest.approx(out.rewards.tolist())
 
 
 def test_a_preview_scores_what_is_unfinished(tiny: Any) -> None:
@@ -265,7 +266,7 @@ def test_a_method_of_ones_own(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(tmp_path))
     out = Steer(tiny, redness, "mine.Worst", kernel="ode")(PROMPT, STEPS, 0)
     plain = Steer(tiny, redness, {"name": "best_of_n", "particles": 3})(PROMPT, STEPS, 0)
-    torch.testing.assert_close(out.images[0], plain.images[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.pixels[0], plain.pixels[-1], atol=1e-5, rtol=0)
     sys.modules.pop("mine")
 
 

@@ -275,21 +275,54 @@ def test_the_micro_batch_changes_nothing(method: Steering) -> None:
     assert single.lineage.parent == whole.lineage.parent and single.leaves == whole.leaves
 
 
-def test_everything_of_a_particle_moves_with_it() -> None:
-    """What is weighed and seen after a resampling belongs to the state that it stands beside."""
-    weighed = []
+@pytest.mark.parametrize("method", [FK(particles=8, lam=4.0, resample_at="all"), DAS(particles=8, lam=4.0)])
+def test_everything_of_a_particle_moves_with_it(method: Steering) -> None:
+    """Transitions that add no noise of their own show which prediction, reward and gradient a copy was given."""
+    oracle, resampled, std = Toy(), [], 0.2
 
     def watch(seen: Watched) -> None:
-        x0, _ = TOY.predict(seen.x, float(plain_sigmas(STEPS)[seen.step + 1])) if seen.step + 1 < STEPS else (seen.x, 0)
-        assert x0.shape == seen.x0.shape
-        if seen.row:
-            torch.testing.assert_close(seen.row["rewards"], seen.x0 @ A)
-            weighed.append(seen.row["resampled"])
+        assert oracle.last is not None
+        if not seen.row:  # at sigma 1 all predictions are alike
+            return
+        before = oracle.last.clone().requires_grad_()  # the particles before they were copied
+        x0, _ = TOY.predict(before, oracle.sigmas[seen.step])
+        (slope,) = torch.autograd.grad((x0 @ A).sum(), before)
+        parent = torch.cdist(seen.x0, x0.detach(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        followed = 4.0 * std**2 * slope[parent] if isinstance(method, DAS) else 0.0
+        torch.testing.assert_close(seen.x, oracle.last[parent] + followed)
+        torch.testing.assert_close(seen.row["rewards"], seen.x0 @ A)
+        resampled.append(seen.row["resampled"])
 
-    found = FK(particles=8, lam=4.0, resample_at="all").run(toy(watch=watch, **SDE))
-    assert any(weighed)
+    def still(x: Tensor, x0: Tensor, eps: Tensor, i: int, generators: Sequence[torch.Generator]) -> Step:
+        return Step(x, torch.full_like(x[:, :1], std), x, x[:, 0], x0)
+
+    found = method.run(toy(oracle=oracle, watch=watch, move=still))
+    assert any(resampled)
     torch.testing.assert_close(found.rewards, found.x @ A)
     assert [found.lineage.reward[leaf] for leaf in found.leaves] == found.rewards.tolist()
+
+
+@pytest.mark.parametrize(
+    ("potential", "log_weight"),
+    [
+        ("diff", lambda r: r[-1]),
+        ("max", lambda r: r.cummax(0).values.sum(0)),
+        ("sum", lambda r: r.cumsum(0).sum(0)),
+        ("rt", lambda r: r.sum(0)),
+    ],
+)
+def test_potentials_are_the_papers(potential: Any, log_weight: Callable[[Tensor], Tensor]) -> None:
+    """Where nothing is resampled the weight on the way is the product of the potentials, and at the end exp(lam r)."""
+    rewards: list[Tensor] = []
+
+    def watch(seen: Watched) -> None:
+        if seen.row:
+            rewards.append(2.0 * seen.row["rewards"])
+            torch.testing.assert_close(seen.row["log_weights"], log_weight(torch.stack(rewards)))
+
+    found = FK(particles=5, lam=2.0, potential=potential, resample_at=AT, ess=0).run(toy(watch=watch, **SDE))
+    assert len(rewards) == len(AT)
+    torch.testing.assert_close(found.log_weights, (2.0 * found.x @ A).log_softmax(0))
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
@@ -309,6 +342,19 @@ def test_no_reward_at_all_is_an_error(method: Steering) -> None:
         method.run(toy(judge=lambda images, sigma: images[:, 0] * torch.nan, **SDE))
 
 
+@pytest.mark.parametrize("method", [FK(lam=1.0), DAS(lam=1.0)])
+def test_an_infinite_reward_is_an_error(method: Steering) -> None:
+    with pytest.raises(UserError, match="infinite"):
+        method.run(toy(judge=lambda images, sigma: reward(images, sigma) / 0.0, **SDE))
+
+
+def test_no_two_decisions_share_their_random_numbers() -> None:
+    problems = [toy(seed, prompt) for seed in range(3) for prompt in range(3)]
+    seeds = [g.initial_seed() for p in problems for g in p.particles(0, 3)]
+    seeds += [p.generator(*key).initial_seed() for p in problems for key in ((), (0,), (1,), (0, 0), (1, 0))]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_the_strength_is_found_by_halving() -> None:
     assert bisected(lambda value: value <= 0.3, 0.1, 1.0) == pytest.approx(0.3)
     assert bisected(lambda value: True, 0.1, 1.0) == 1.0 and bisected(lambda value: False, 0.1, 1.0) == 0.1
@@ -321,6 +367,7 @@ def test_adaptive_strength_rises_to_the_whole_and_spares_the_particles() -> None
     assert strengths == sorted(strengths) and strengths[0] < 6.0 == strengths[-1]
     blunt = FK(particles=64, lam=6.0, resample_at="all").run(toy(**SDE))
     assert found.history[0]["ess"] >= 32 * (1 - 1e-6) > blunt.history[0]["ess"]
+    assert all(row["resampled"] for row in found.history if row["strength"] < 6.0), "equal weights can bear more"
 
 
 def official(**settings: Any) -> FK:
