@@ -23,7 +23,8 @@ def parse(texts: Sequence[str]) -> list[Reward]:
 
     NAME[:OPTION=VALUE[,OPTION=VALUE...]] are separated by commas; an OPTION=VALUE without a name belongs to the reward
     before it, and a number after the colon is its weight. Values are read as YAML. A text that opens with '{' is the
-    one reward's YAML mapping, for values with commas. Raises UserError for what cannot be read, an unknown name or option, or two rewards of one name.
+    one reward's YAML mapping, for values with commas. Raises UserError for what cannot be read, an unknown name or
+    option, or two rewards of one name.
     """
     rewards: dict[str, Reward] = {}
     for entry in (entry for text in texts for entry in _entries(text)):

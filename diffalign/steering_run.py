@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from diffalign.eval import steering_report
+from diffalign.eval.steering_folder import SETTINGS
 from diffalign.images import save_png
 from diffalign.rewards import Scorer, score
 from diffalign.steer import Steer, Steered
 from diffalign.steering import resolve
 from diffalign.types import UserError
-from diffalign.writing import put, writing
+from diffalign.writing import REMEDIES, put
 
-SETTINGS, LINES, IMAGES = "steer.json", "run.jsonl", "images"
+LINES, IMAGES = "run.jsonl", "images"
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,14 @@ def prepare(
             raise UserError(f"the run in '{folder}' had other prompts, such as {strange[0]['prompt']!r}; give the same")
     with writing_to(folder):
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        if not note.is_file():
-            _note(folder, settings)
+        known = json.loads(note.read_text("utf-8")) if note.is_file() else settings
+        _note(folder, {**known, "prompts": len(prompts)})
         put(folder / LINES, "".join(_line(r) for r in lines))  # a killed run leaves half a line
     return lines
 
 
 def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
     """Steer the prompts that are not done, and write pages of all; also of those that an error or Ctrl-C left."""
-    from diffalign.eval import steering_report
-
     lines, total = list(done), len(job.prompts)
     try:
         steer = _with_strength(job, steer)
@@ -95,13 +96,15 @@ def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
     except BaseException:
         print(f"{len(lines)} of {total} prompts are done in {job.folder}; --resume goes on", file=sys.stderr)
         if lines:
-            steering_report.write(job.folder)
+            with suppress(Exception):  # what stopped the run is what the user must hear of
+                steering_report.write(job.folder)
         raise
     print(table(lines))
     for said in sorted({said for line in lines for said in line["arms"][steer.method.name]["warnings"]}):
         print(f"note: {said}")
-    page = steering_report.write(job.folder)
-    print(f"{total} prompts in {job.folder}; see {page}")
+    with writing_to(job.folder):
+        page = steering_report.write(job.folder)
+    print(f"{total} prompt{'s' * (total > 1)} in {job.folder}; see {page}")
 
 
 def _with_strength(job: Job, steer: Steer) -> Steer:
@@ -172,8 +175,15 @@ def _arm(job: Job, index: int, name: str, steered: Steered, metadata: Mapping[st
     }
 
 
-def writing_to(folder: Path) -> Any:
-    return writing(f"into '{folder}'", folder)
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Inside, a failure of the disk becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        remedy = REMEDIES.get(number, "make it writable")
+        raise UserError(f"could not write into '{folder}': {os.strerror(number)}; {remedy} and use --resume") from error
 
 
 def _number(value: float | None) -> float | None:
@@ -190,12 +200,17 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _complete(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file that a killed run may have left in the middle of one."""
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    """The lines of a file that a killed run may have left in the middle of its last one."""
+    lines = path.read_text("utf-8").split("\n") if path.is_file() else []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last end of a line is not whole
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            record = json.loads(line)
+            record["index"], record["prompt"], record["arms"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(
+                f"line {number} of '{path}' is damaged; take it out, and --resume makes that prompt anew"
+            ) from None
+        yield record
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from diffalign.eval.lineage_layout import Family
 from diffalign.eval.statistics import Paired, paired
 from diffalign.types import UserError
 
+SETTINGS = "steer.json"
 REWARD = None  # the score that steers, beside the judges by name
 EQUAL = 0.05  # forwards that differ less count as equal
 CHEAP = 0.67  # a share of the seconds that is worth telling
@@ -97,9 +98,9 @@ class SteeringRun:
 def read(folder: Path | str) -> SteeringRun:
     """Raises UserError when the folder is no steering run or one of its files is damaged; half a last line is none."""
     path = Path(folder)
-    note = path / "steer.json"
+    note = path / SETTINGS
     if not note.is_file():
-        raise UserError(f"{path} is not a folder of 'diffalign steer': it has no steer.json")
+        raise UserError(f"{path} is not a folder of 'diffalign steer': it has no {SETTINGS}")
     text = note.read_text("utf-8")
     try:
         settings = json.loads(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from PIL import Image
 
 from diffalign.cli import main
 
+ROOT = Path(__file__).parent.parent
 REWARD = "steer_rewards.redness"
 BASE = ["steer", "--model", "tiny-sd3", "--steps", "5", "--reward", REWARD, "--device", "cpu"]
-PROMPTS = ["a red circle", "two green squares", "<b>../../etc & a star</b>"]
+PROMPTS = ["a red circle", "two\u2028green\x85squares", "<b>../../etc & a star</b>"]  # some end a line for Python
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def steer(folder: Path, *options: str, prompts: list[str] = PROMPTS) -> int:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "run.jsonl").read_text("utf-8").split("\n")[:-1]]
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
@@ -87,7 +89,13 @@ def test_a_run_that_was_cut_off_goes_on(whole: Path, tmp_path: Path, capsys: pyt
     assert timeless(cut) == timeless(whole)
     for file in (whole / "images").iterdir():
         assert (cut / "images" / file.name).read_bytes() == file.read_bytes()
-    capsys.readouterr()
+    for damaged in (text.replace("{", "[", 1), text.replace("index", "inex", 1)):
+        (cut / "run.jsonl").write_text(damaged)
+        capsys.readouterr()
+        assert steer(cut, "--resume", *options) == 2
+        assert "line 1 of" in (said := capsys.readouterr().err) and "is damaged; take it out, and --resume" in said
+        assert (cut / "run.jsonl").read_text() == damaged
+    (cut / "run.jsonl").write_text(text)
     assert steer(cut, "--resume", "--particles", "4", "--judge", "geneval,jpeg") == 2
     assert "the run in" in (said := capsys.readouterr().err) and "had method" in said
     assert steer(cut, "--resume", *options, prompts=["a blue star", *PROMPTS[1:]]) == 2
@@ -109,6 +117,25 @@ def test_ctrl_c_keeps_what_is_done(
     monkeypatch.setattr(steer_rewards, "interrupt_after", None)
     assert steer(folder, "--resume", *options) == 0
     assert [line["index"] for line in lines(folder)] == [0, 1, 2]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    """The limit on file sizes stands for the disk: images are larger than it."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "diffalign", *BASE, "--out", str(tmp_path / "out"), "--prompt", "a star"]
+    command += ["--reward", "jpeg", "--method", "best_of_n", "--compare", "none"]
+    limited = subprocess.run(
+        ["bash", "-c", 'ulimit -f 3; exec "$@"', "bash", *command],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )
+    assert limited.returncode == 2, limited.stderr
+    assert "could not write into" in limited.stderr and "raise the limit on file sizes" in limited.stderr
+    assert "Traceback" not in limited.stderr
 
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(

@@ -345,7 +345,7 @@ def test_no_reward_at_all_is_an_error(method: Steering) -> None:
 @pytest.mark.parametrize("method", [FK(lam=1.0), DAS(lam=1.0)])
 def test_an_infinite_reward_is_an_error(method: Steering) -> None:
     with pytest.raises(UserError, match="infinite"):
-        method.run(toy(judge=lambda images, sigma: reward(images, sigma) / 0.0, **SDE))
+        method.run(toy(judge=lambda images, sigma: reward(images, sigma).abs() / 0.0, **SDE))
 
 
 def test_no_two_decisions_share_their_random_numbers() -> None:

@@ -1,10 +1,11 @@
-"""Write the HTML report of a run folder again."""
+"""Write the HTML report of a training or steering run again."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from diffalign.eval import report
+from diffalign.eval import report, steering_folder, steering_report
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,4 +13,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(report.write(args.run))
+    steered = (Path(args.run) / steering_folder.SETTINGS).is_file()
+    print(steering_report.write(Path(args.run)) if steered else report.write(args.run))

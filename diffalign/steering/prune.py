@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -84,20 +84,24 @@ class Prune(Steering):
             kept = survivors(columns, share, self.combine)
             generators, nodes = [generators[k] for k in kept.tolist()], [nodes[k] for k in kept.tolist()]
             x, x0, eps = (t[kept.to(t.device)] for t in (x, x0, eps))
-            best = float(columns.sum(1).max())
-            x = problem.seen(
-                s, problem.advance(x, x0, eps, s, generators).next, x0, {"best": best, "roots": len(nodes)}
-            )
-            history.append({"step": s, "best": best, "roots": len(nodes)})
+            row = _row(s, columns.sum(1), len(nodes))
+            x = problem.seen(s, problem.advance(x, x0, eps, s, generators).next, x0, row)
+            history.append(row)
             begun = s + 1
         x = problem.walk(x, generators, begun)
         columns = problem.columns(x, problem.steps)
         r = columns.sum(1)
         nodes = [lineage.add(problem.steps, n, value) for n, value in zip(nodes, r.tolist(), strict=True)]
+        history.append(_row(problem.steps, r, len(nodes)))
         order = torch.argsort(standing(columns, self.combine), descending=True, stable=True)
         return Outcome(
             x[order.to(x.device)], r[order], even(len(x)), [nodes[k] for k in order.tolist()], lineage, None, history
         )
+
+
+def _row(step: int, rewards: Tensor, roots: int) -> dict[str, Any]:
+    known = rewards[rewards > -float("inf")]
+    return {"step": step, "best": float(known.max()), "mean": float(known.mean()), "roots": roots}
 
 
 def left(n: int, share: float) -> int:

@@ -59,4 +59,5 @@ class SVDD(Steering):
             history.append({"step": i + 1, "best": float(r.max()), "mean": float(r[r > -torch.inf].mean())})
         x = problem.seen(end - 1, problem.advance(x, x0, eps, end - 1, generators[:1]).next, x0)
         r = problem.score(x, end)
+        history.append({"step": end, "best": float(r), "mean": float(r)})
         return Outcome(x, r, even(1), [lineage.add(end, node, float(r))], lineage, None, history)
