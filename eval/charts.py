@@ -22,6 +22,7 @@ class Series:
     style: str
     low: Sequence[float] = ()  # whiskers and markers are drawn when given
     high: Sequence[float] = ()
+    name: str = ""  # written beside the last point
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -104,6 +105,10 @@ def chart(
 def _draw(s: Series, points: list[tuple[float, float]], whiskers: list[tuple[float, float]]) -> list[str]:
     parts, command = [], "M"
     path = []
+    seen = [point for point in points if math.isfinite(point[1])]
+    if s.name and seen:
+        x, y = seen[-1]
+        parts.append(f'<text class="tick" x="{x + 6:.1f}" y="{y - 5:.1f}">{escape(s.name)}</text>')
     for x, y in points:
         if math.isfinite(y):
             path.append(f"{command}{x:.1f} {y:.1f}")
