@@ -110,17 +110,18 @@ class Problem:
         self.spent.nfe += len(x) * self.oracle.cost
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def score(self, x0: Tensor, i: int) -> Tensor:
+    def score(self, x0: Tensor, i: int, some: bool = True) -> Tensor:
         """[n] float64 on the CPU, -inf where a reward is NaN; i is the step whose state predicts x0, T for the end.
 
-        Raises UserError when no sample has a score.
+        Raises UserError when no sample has a score, unless `some` is False: others may follow.
         """
-        return self.columns(x0, i).sum(1)
+        return self.columns(x0, i, some).sum(1)
 
     @torch.no_grad()
-    def columns(self, x0: Tensor, i: int) -> Tensor:
+    def columns(self, x0: Tensor, i: int, some: bool = True) -> Tensor:
         """[n, R] likewise, the rewards apart; NaN in one is -inf in all, for such a sample cannot be chosen."""
-        return self._checked(torch.cat([self._judged(part, i) for part in x0.split(self.micro_batch)]), i)
+        scores = torch.cat([self._judged(part, i) for part in x0.split(self.micro_batch)])
+        return self.checked(scores, i) if some else _without_nan(scores)
 
     def differentiate(self, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x0, eps, scores [n] float64, d score / d x [n, ...]) through model and decoder; NaN gradients are 0."""
@@ -139,7 +140,7 @@ class Problem:
         self.spent.nfe += len(x) * self.oracle.cost
         self.spent.gradients += len(x) * self.oracle.cost
         x0, eps, scores, slope = (torch.cat(p) for p in zip(*parts, strict=True))
-        return x0, eps, self._checked(scores[:, None], i).sum(1), slope
+        return x0, eps, self.checked(scores[:, None], i).sum(1), slope
 
     def advance(self, x: Tensor, x0: Tensor, eps: Tensor, i: int, generators: Sequence[torch.Generator]) -> Step:
         """The transition from step i to i + 1, with fresh noise from each generator."""
@@ -187,11 +188,16 @@ class Problem:
         self.spent.reward_calls += len(x0)
         return scores.double().cpu().reshape(len(x0), -1)
 
-    def _checked(self, scores: Tensor, i: int) -> Tensor:
-        without = scores.isnan().any(1)
-        if bool(without.all()):
+    def checked(self, scores: Tensor, i: int) -> Tensor:
+        """Scores [n, R] with -inf for NaN. Raises UserError when no sample has one."""
+        known = _without_nan(scores)
+        if bool((known == -torch.inf).all()):
             raise UserError(
                 f"the reward is NaN for all {len(scores)} images at step {i} of {self.steps}, so there is nothing to "
                 "choose by; check that it applies to this prompt"
             )
-        return scores.masked_fill(without[:, None], -torch.inf)
+        return known
+
+
+def _without_nan(scores: Tensor) -> Tensor:
+    return scores.masked_fill(scores.isnan().any(1, keepdim=True), -torch.inf)

@@ -121,7 +121,8 @@ def _batch(problem: Problem, tree: Tree, rules: Rules, like: Tensor) -> None:
     if rollouts:
         rollouts.sort(key=lambda r: tree.nodes[r.source].step)
         x = denoised(problem, tree, rules, rollouts, like)
-        for rollout, latent, reward in zip(rollouts, x, _scored(problem, x), strict=True):
+        rewards: list[float] = problem.score(x, problem.steps, some=False).tolist()
+        for rollout, latent, reward in zip(rollouts, x, rewards, strict=True):
             leaf = rollout.nodes[-1]
             tree.leaves[leaf] = latent.to("cpu", copy=True)
             tree.nodes[leaf].reward = reward
@@ -169,14 +170,6 @@ def denoised(problem: Problem, tree: Tree, rules: Rules, rollouts: Sequence[Roll
         if going:
             x = problem.seen(i, problem.advance(x, x0, eps, i, [r.generator for r in rollouts[:going]]).next, x0)
     return x
-
-
-@torch.no_grad()
-def _scored(problem: Problem, x: Tensor) -> list[float]:
-    """Rewards of leaves; a batch of which none has one is no error here, for others may follow."""
-    scores = torch.cat([problem._judged(part, problem.steps) for part in x.split(problem.micro_batch)]).sum(1)
-    rewards: list[float] = torch.where(scores < torch.inf, scores, -torch.inf).tolist()
-    return rewards
 
 
 def _outcome(tree: Tree, device: torch.device, weigh: Weigh) -> Outcome:

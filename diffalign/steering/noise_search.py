@@ -80,11 +80,11 @@ class NoiseSearch(Steering):
             generators = problem.particles(done, n)
             z = self._noise(problem, generators, pivot)
             x = problem.walk(z, generators)
-            rewards = problem.score(x, problem.steps)
+            rewards = problem.score(x, problem.steps, some=False)
             here = [lineage.add(r, parent, value) for value in rewards.tolist()]
             finished, scores, leaves = [*finished, x], [*scores, rewards], leaves + here
             best = int(rewards.argmax())
-            if float(rewards[best]) > height:
+            if not done or float(rewards[best]) > height:
                 height = float(rewards[best])
                 if self.algorithm == "zero_order":
                     pivot, parent = z[best : best + 1], here[best]
@@ -95,7 +95,8 @@ class NoiseSearch(Steering):
             raise UserError(
                 f"budget_nfe {self.budget_nfe} is less than the {one} network forwards of one image; raise it"
             )
-        return Outcome(torch.cat(finished), torch.cat(scores), even(done), leaves, lineage, None, history)
+        found = problem.checked(torch.cat(scores)[:, None], problem.steps)[:, 0]
+        return Outcome(torch.cat(finished), found, even(done), leaves, lineage, None, history)
 
     def _goes_on(self, problem: Problem, done: int) -> bool:
         if self.budget_nfe is None and self.budget_seconds is None:
