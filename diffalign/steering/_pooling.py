@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,6 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
         log_weights=log_w.log_softmax(0),
         leaves=leaves,
         lineage=lineage,
-        log_z=float(evidence.logsumexp(0)) - float(torch.tensor(float(len(outcomes))).log()) if known else None,
+        log_z=float(evidence.logsumexp(0)) - math.log(len(outcomes)) if known else None,
         history=[{**row, "round": m} for m, o in enumerate(outcomes) for row in o.history],
     )

@@ -96,7 +96,9 @@ class Problem:
 
     def generator(self, *key: int) -> torch.Generator:
         """For any other decision, such as resampling: a function of the key."""
-        words = np.random.SeedSequence([self.seed, self.prompt, 1, *key]).generate_state(2, np.uint32)
+        # a spawn key, and its length: no plain list of numbers, nor a list that ends in zeros, gives the same words
+        sequence = np.random.SeedSequence([self.seed, self.prompt], spawn_key=(len(key), *key))
+        words = sequence.generate_state(2, np.uint32)
         return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
     def start(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -191,6 +193,8 @@ class Problem:
     def checked(self, scores: Tensor, i: int) -> Tensor:
         """Scores [n, R] with -inf for NaN. Raises UserError when no sample has one."""
         known = _without_nan(scores)
+        if bool((known == torch.inf).any()):
+            raise UserError(f"the reward is infinite for an image at step {i} of {self.steps}; bound it")
         if bool((known == -torch.inf).all()):
             raise UserError(
                 f"the reward is NaN for all {len(scores)} images at step {i} of {self.steps}, so there is nothing to "

@@ -96,7 +96,9 @@ def smc(problem: Problem, plan: Plan, first: int = 0) -> Outcome:
             # a particle of weight 0 stays at it whatever its twist, which must not become inf - inf
             cloud = replace(cloud, psi=psi.nan_to_num(0.0, 0.0, 0.0), peak=peak, total=total, node=node)
             ess = float(effective(log_w))
-            resampled = i < end and ess < plan.threshold * k
+            # a strength held back leaves just `threshold`; equal weights bear more of it next time
+            held = plan.adaptive and scale < plan.lam[i]
+            resampled = i < end and (held or ess < plan.threshold * k)
             row = {"step": i, "ess": ess, "best": float(rewards.max()), "strength": scale, "resampled": resampled}
             row["mean"] = float(rewards[rewards > -torch.inf].mean())
             if resampled or i == end:
