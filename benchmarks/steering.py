@@ -40,8 +40,7 @@ ROWS: dict[str, tuple[dict[str, Any], str | None]] = {  # (method, kernel)
     "zero_order": ({"name": "noise_search", "particles": 4, "budget_nfe": 320}, None),
     "paths": ({"name": "noise_search", "algorithm": "paths", "particles": 4, "paths": 2}, None),
     "das_4": ({"name": "das", "particles": 4}, None),
-    "das_4_tempered": ({"name": "das", "particles": 4, "temper": "adaptive"}, None),
-    "fk_8_strong": ({"name": "fk", "particles": 8, "resample_at": "all"}, None),
+    "fk_8_untempered": ({"name": "fk", "particles": 8, "temper": "none"}, None),
     "dts_star": ({"name": "dts_star", "budget_nfe": 640, "batch": 4}, None),
     "dts": ({"name": "dts", "budget_nfe": 320, "batch": 4}, None),
 }

@@ -18,8 +18,8 @@ from benchmarks.steering import STEPS, best_of
 from diffalign.eval.charts import Series, chart
 from docs.figures import FOLDER, styled
 
-NAMES = {"bon_sde": "best of 16, SDE", "zero_order": "zero-order", "das_4_tempered": "das_4, tempered"}
-HIDDEN = {"bon", "fk_8_strong"}
+NAMES = {"bon_sde": "best of 16, SDE", "zero_order": "zero-order", "fk_8_untempered": "fk_8, untempered"}
+HIDDEN = {"bon"}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -65,23 +65,23 @@ def passes(found: Found, mode: float, hist: float = math.inf, z: float = 0.08) -
     [(16, 8192, 0.10, 0.12), (64, 16384, 0.03, 0.06), (256, 8192, 0.02, 0.06)],
 )
 def test_fk_reaches_the_target_as_particles_grow(particles: int, n: int, mode: float, hist: float) -> None:
-    found = measure(FK(particles=particles, lam=1.0, resample_at=AT), n, **CHAIN)
+    found = measure(FK(temper="none", particles=particles, lam=1.0, resample_at=AT), n, **CHAIN)
     assert passes(found, mode, hist), found
 
 
 def test_importance_sampling_is_the_filter_that_never_resamples() -> None:
-    found = measure(FK(particles=64, lam=1.0, resample_at=()), 8192, **CHAIN)
+    found = measure(FK(temper="none", particles=64, lam=1.0, resample_at=()), 8192, **CHAIN)
     assert passes(found, 0.05), found
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "systematic"])
 def test_every_scheme_is_unbiased(scheme: Any) -> None:
-    found = measure(FK(particles=16, lam=1.0, resample_at=AT, resample=scheme), 4096, 1, **CHAIN)
+    found = measure(FK(temper="none", particles=16, lam=1.0, resample_at=AT, resample=scheme), 4096, 1, **CHAIN)
     assert passes(found, 0.12), found
 
 
 def test_other_potentials_keep_the_evidence_unbiased() -> None:
-    found = measure(FK(particles=64, lam=1.0, resample_at=AT, potential="max"), 8192, **CHAIN)
+    found = measure(FK(temper="none", particles=64, lam=1.0, resample_at=AT, potential="max"), 8192, **CHAIN)
     assert abs(found.z - 1) < 0.15, found
 
 
@@ -92,7 +92,7 @@ def test_tempering_keeps_the_target(temper: Any) -> None:
 
 
 def test_fk_on_the_models_own_kernel() -> None:
-    found = measure(FK(particles=64, lam=1.0, resample_at=AT), 8192, **SDE)
+    found = measure(FK(temper="none", particles=64, lam=1.0, resample_at=AT), 8192, **SDE)
     assert passes(found, 0.035, 0.08), found
 
 
@@ -104,7 +104,7 @@ def test_plain_samples_of_the_kernel_are_near_the_mixture() -> None:
 
 def test_the_official_weights_fail_where_ours_pass() -> None:
     """The same settings: the official code forgets weights whenever it does not resample."""
-    ours = measure(FK(particles=16, lam=1.0, resample_at=AT), 2048, 1, **CHAIN)
+    ours = measure(FK(temper="none", particles=16, lam=1.0, resample_at=AT), 2048, 1, **CHAIN)
     official = measure(FK(particles=16, lam=1.0, resample_at=AT, compat="fkd-official"), 2048, 1, **CHAIN)
     assert passes(ours, 0.12) and official.mode > 0.2, (ours, official)
     assert not passes(replace(official, z=1.0), 0.12)
@@ -120,26 +120,26 @@ def test_the_perfect_twist_resamples_less_than_the_predicted_image() -> None:
 
         return toy(seed, prompt, oracle=oracle, preview=value, **how)
 
-    method = FK(particles=64, lam=1.0, resample_at="all")
+    method = FK(temper="none", particles=64, lam=1.0, resample_at="all")
     usual, perfect = measure(method, 4096, **CHAIN), measure(method, 4096, make=knowing, **CHAIN)
     assert passes(perfect, 0.05), perfect
     assert perfect.ess > usual.ess and perfect.resampled < 0.9 * usual.resampled, (usual, perfect)
 
 
 def test_das_needs_fewer_particles() -> None:
-    blind = measure(FK(particles=4, lam=1.0, resample_at="all"), 640, 1, **SDE)
-    found = measure(DAS(particles=4, lam=1.0), 640, 1, **SDE)
+    blind = measure(FK(temper="none", particles=4, lam=1.0, resample_at="all"), 640, 1, **SDE)
+    found = measure(DAS(temper="none", particles=4, lam=1.0), 640, 1, **SDE)
     assert blind.mode > 0.2 and passes(found, 0.1, z=0.1), (blind, found)
     assert found.resampled < 0.3 * blind.resampled and found.spread < 0.7 * blind.spread, (blind, found)
 
 
 def test_das_keeps_the_target_on_the_exact_chain() -> None:
-    found = measure(DAS(particles=16, lam=1.0, resample_at=AT), 2048, 2, **CHAIN)
+    found = measure(DAS(temper="none", particles=16, lam=1.0, resample_at=AT), 2048, 2, **CHAIN)
     assert passes(found, 0.05, z=0.08), found
 
 
 def test_rounds_keep_the_evidence_unbiased() -> None:
-    four = FK(particles=16, lam=1.0, resample_at=AT, budget_nfe=4 * 16 * STEPS + 1)
+    four = FK(temper="none", particles=16, lam=1.0, resample_at=AT, budget_nfe=4 * 16 * STEPS + 1)
     outcomes = [four.run(toy(prompt=prompt, **CHAIN)) for prompt in range(64)]
     assert all(len(o.x) == 64 for o in outcomes)
     z = torch.tensor([math.exp((o.log_z or 0.0) - LOG_Z) for o in outcomes])

@@ -26,7 +26,7 @@ POTENTIALS: tuple[Literal["diff", "max", "sum", "rt"], ...] = ("diff", "max", "s
 
 
 def test_rounds_are_the_systems_one_by_one() -> None:
-    once = FK(particles=8, lam=1.0, resample_at=AT)
+    once = FK(temper="none", particles=8, lam=1.0, resample_at=AT)
     problem = toy(**SDE)
     both = once.model_copy(update={"budget_nfe": 2 * 8 * STEPS}).run(problem)
     assert problem.spent.nfe == 2 * 8 * STEPS
@@ -46,7 +46,9 @@ def plain(problem: Problem, n: int) -> Tensor:
     return problem.walk(problem.start(generators), generators)
 
 
-@pytest.mark.parametrize("method", [FK(particles=8, lam=0.0), DAS(particles=8, lam=0.0)], ids=["fk", "das"])
+@pytest.mark.parametrize(
+    "method", [FK(temper="none", particles=8, lam=0.0), DAS(temper="none", particles=8, lam=0.0)], ids=["fk", "das"]
+)
 @pytest.mark.parametrize("how", [CHAIN, SDE], ids=["chain", "sde"])
 def test_strength_0_is_plain_sampling_to_the_bit(method: Steering, how: dict[str, Any]) -> None:
     found = method.run(toy(**how))
@@ -57,13 +59,13 @@ def test_strength_0_is_plain_sampling_to_the_bit(method: Steering, how: dict[str
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_one_particle_is_plain_sampling(potential: Any) -> None:
-    found = FK(particles=1, lam=3.0, potential=potential, resample_at="all", ess=1).run(toy(**SDE))
+    found = FK(temper="none", particles=1, lam=3.0, potential=potential, resample_at="all", ess=1).run(toy(**SDE))
     assert torch.equal(found.x, plain(toy(**SDE), 1)) and float(found.log_weights) == 0
     torch.testing.assert_close(found.log_z, 3 * float(found.x[0] @ A), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-@pytest.mark.parametrize("temper", [None, 0.1, "adaptive"])
+@pytest.mark.parametrize("temper", ["none", 0.1, "adaptive"])
 def test_a_constant_reward_steers_nothing(potential: Any, temper: Any) -> None:
     problem = toy(judge=lambda images, sigma: torch.full((len(images),), -1.5), **SDE)
     found = FK(particles=8, lam=2.0, potential=potential, resample_at=AT, temper=temper).run(problem)
@@ -77,7 +79,9 @@ def test_a_constant_reward_steers_nothing(potential: Any, temper: Any) -> None:
     [{}, {"kernel": "flow_sde", "eta": 0.0, "stochastic": range(STEPS)}, {"kernel": "flow_sde", "eta": 1.0}],
     ids=["ode", "eta 0", "no stochastic step"],
 )
-@pytest.mark.parametrize("method", [FK(lam=1.0), FK(lam=1.0, resample_at=AT), DAS(lam=1.0)])
+@pytest.mark.parametrize(
+    "method", [FK(temper="none", lam=1.0), FK(temper="none", lam=1.0, resample_at=AT), DAS(temper="none", lam=1.0)]
+)
 def test_copies_of_an_ode_are_refused(how: dict[str, Any], method: Steering) -> None:
     with pytest.raises(UserError, match="needs noise"):
         method.run(toy(**how))
@@ -86,7 +90,7 @@ def test_copies_of_an_ode_are_refused(how: dict[str, Any], method: Steering) -> 
 def test_particles_are_their_generators() -> None:
     def own(order: Sequence[int]) -> Outcome:
         generators = [torch.Generator().manual_seed(100 + j) for j in order]
-        return FK(particles=6, lam=1.0, resample_at=()).run(toy(own=generators, **SDE))
+        return FK(temper="none", particles=6, lam=1.0, resample_at=()).run(toy(own=generators, **SDE))
 
     order = [3, 1, 5, 0, 4, 2]
     straight, permuted = own(range(6)), own(order)
@@ -94,10 +98,12 @@ def test_particles_are_their_generators() -> None:
     torch.testing.assert_close(permuted.log_weights, straight.log_weights[order], atol=1e-12, rtol=0)
     assert permuted.log_z == pytest.approx(straight.log_z)
     with pytest.raises(UserError, match="as many generators"):
-        FK(particles=7, lam=1.0).run(toy(own=[torch.Generator()] * 6, **SDE))
+        FK(temper="none", particles=7, lam=1.0).run(toy(own=[torch.Generator()] * 6, **SDE))
 
 
-@pytest.mark.parametrize("method", [FK(particles=7, lam=4.0, resample_at=AT), DAS(particles=7, lam=4.0)])
+@pytest.mark.parametrize(
+    "method", [FK(temper="none", particles=7, lam=4.0, resample_at=AT), DAS(temper="none", particles=7, lam=4.0)]
+)
 def test_the_micro_batch_changes_nothing(method: Steering) -> None:
     whole, single = method.run(toy(**SDE)), method.run(toy(micro_batch=1, **SDE))
     assert any(row["resampled"] for row in whole.history)
@@ -106,7 +112,9 @@ def test_the_micro_batch_changes_nothing(method: Steering) -> None:
     assert single.lineage.parent == whole.lineage.parent and single.leaves == whole.leaves
 
 
-@pytest.mark.parametrize("method", [FK(particles=8, lam=4.0, resample_at="all"), DAS(particles=8, lam=4.0)])
+@pytest.mark.parametrize(
+    "method", [FK(temper="none", particles=8, lam=4.0, resample_at="all"), DAS(temper="none", particles=8, lam=4.0)]
+)
 def test_everything_of_a_particle_moves_with_it(method: Steering) -> None:
     """Transitions that add no noise of their own show which prediction, reward and gradient a copy was given."""
     oracle, resampled, std = Toy(), [], 0.2
@@ -151,7 +159,9 @@ def test_potentials_are_the_papers(potential: Any, log_weight: Callable[[Tensor]
             rewards.append(2.0 * seen.row["rewards"])
             torch.testing.assert_close(seen.row["log_weights"], log_weight(torch.stack(rewards)))
 
-    found = FK(particles=5, lam=2.0, potential=potential, resample_at=AT, ess=0).run(toy(watch=watch, **SDE))
+    found = FK(temper="none", particles=5, lam=2.0, potential=potential, resample_at=AT, ess=0).run(
+        toy(watch=watch, **SDE)
+    )
     assert len(rewards) == len(AT)
     torch.testing.assert_close(found.log_weights, (2.0 * found.x @ A).log_softmax(0))
 
@@ -161,19 +171,23 @@ def test_a_particle_without_a_reward_weighs_nothing(potential: Any) -> None:
     def left_only(images: Tensor, sigma: float) -> Tensor:
         return reward(images, sigma).where(images[:, 0] < 0, torch.nan)
 
-    found = FK(particles=16, lam=1.0, resample_at=AT, potential=potential).run(toy(judge=left_only, **SDE))
+    found = FK(temper="none", particles=16, lam=1.0, resample_at=AT, potential=potential).run(
+        toy(judge=left_only, **SDE)
+    )
     right = found.x[:, 0] >= 0
     assert bool((found.log_weights[right] == -torch.inf).all()) and bool((found.rewards[right] == -torch.inf).all())
     assert bool(found.log_weights[~right].isfinite().any()) and float(found.log_weights.exp().sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("method", [FK(lam=1.0), FK(lam=1.0, compat="fkd-official"), DAS(lam=1.0)])
+@pytest.mark.parametrize(
+    "method", [FK(temper="none", lam=1.0), FK(lam=1.0, compat="fkd-official"), DAS(temper="none", lam=1.0)]
+)
 def test_no_reward_at_all_is_an_error(method: Steering) -> None:
     with pytest.raises(UserError, match="NaN for all"):
         method.run(toy(judge=lambda images, sigma: images[:, 0] * torch.nan, **SDE))
 
 
-@pytest.mark.parametrize("method", [FK(lam=1.0), DAS(lam=1.0)])
+@pytest.mark.parametrize("method", [FK(temper="none", lam=1.0), DAS(temper="none", lam=1.0)])
 def test_an_infinite_reward_is_an_error(method: Steering) -> None:
     with pytest.raises(UserError, match="infinite"):
         method.run(toy(judge=lambda images, sigma: reward(images, sigma).abs() / 0.0, **SDE))
@@ -196,13 +210,13 @@ def test_adaptive_strength_rises_to_the_whole_and_spares_the_particles() -> None
     found = FK(particles=64, lam=6.0, resample_at="all", temper="adaptive").run(toy(**SDE))
     strengths = [row["strength"] for row in found.history]
     assert strengths == sorted(strengths) and strengths[0] < 6.0 == strengths[-1]
-    blunt = FK(particles=64, lam=6.0, resample_at="all").run(toy(**SDE))
+    blunt = FK(temper="none", particles=64, lam=6.0, resample_at="all").run(toy(**SDE))
     assert found.history[0]["ess"] >= 32 * (1 - 1e-6) > blunt.history[0]["ess"]
     assert all(row["resampled"] for row in found.history if row["strength"] < 6.0), "equal weights can bear more"
 
 
 def official(**settings: Any) -> FK:
-    return FK(particles=6, lam=2.0, compat="fkd-official", **settings)
+    return FK(**{"particles": 6, "lam": 2.0, "compat": "fkd-official", "temper": "none", **settings})
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)

@@ -26,8 +26,8 @@ class ParticleFilter(Steering):
     """Resampling scheme."""
     ess: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Resample when fewer than this share of the particles are effective; 1: at every weighing."""
-    temper: Annotated[float, Field(gt=0)] | Literal["adaptive"] | None = None
-    """Strength on the way: a rate for `ramp`, or the largest that keeps `ess`; by default lam throughout."""
+    temper: Annotated[float, Field(gt=0)] | Literal["adaptive", "none"] = "adaptive"
+    """Strength on the way: the largest that keeps `ess`, a rate for `ramp`, or none, which is lam throughout."""
     ramp: Literal["exponential", "linear"] = "exponential"
     """With a rate: lam min((1 + temper)^i - 1, 1) at step i, as in DAS, or lam min(temper i, 1)."""
 
@@ -36,7 +36,7 @@ class ParticleFilter(Steering):
         if self.ramp != "exponential" and not isinstance(self.temper, float):
             raise ValueError("ramp has no effect without a rate; give temper a number such as 0.1")
         if self.temper == "adaptive" and self.ess == 1:
-            raise ValueError("adaptive tempering keeps ess, and 1 leaves no strength; take ess 0.5")
+            raise ValueError("adaptive tempering keeps ess, and 1 leaves no strength; take ess 0.5, or temper none")
         return self
 
     def forwards(self, steps: int, cost: int) -> int:

@@ -129,7 +129,7 @@ def official(method: FK, problem: Problem, lam: float, at: Sequence[int], first:
 
 
 def _refuse_what_it_lacks(method: FK) -> None:
-    if method.temper is not None:
+    if method.temper != "none" and "temper" in method.model_fields_set:
         raise UserError("compat 'fkd-official' has no temper; leave one of them out")
     if method.ess not in (THRESHOLD, 1):
         raise UserError(f"compat 'fkd-official' knows ess {THRESHOLD} and 1, not {method.ess}; take one of them")
