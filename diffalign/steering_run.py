@@ -84,8 +84,9 @@ def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
     """Steer the prompts that are not done, and write pages of all; also of those that an error or Ctrl-C left."""
     lines, total = list(done), len(job.prompts)
     try:
-        steer = _with_strength(job, steer)
         with tqdm(total=total, initial=len(lines), disable=not sys.stderr.isatty(), unit="prompt") as bar:
+            bar.set_description("finding lam" if dict(steer.method).get("lam") == "auto" else None)
+            steer = _with_strength(job, steer)
             for index in sorted(set(range(total)) - {line["index"] for line in lines}):
                 lines.append(one(job, steer, index, bar))
                 with writing_to(job.folder), open(job.folder / LINES, "a", encoding="utf-8") as file:
@@ -129,21 +130,26 @@ def one(job: Job, steer: Steer, index: int, bar: Any) -> dict[str, Any]:
     metadata = job.prompts[index]
     prompt = str(metadata["prompt"])
 
-    def tell(_: Steer, step: int, sigma: float, seen: dict[str, Any]) -> None:
-        known = {"ESS": "ess", "roots": "roots", "best": "best"}
-        told = {name: f"{seen[key]:.3g}" for name, key in known.items() if seen.get(key) is not None}
-        bar.set_postfix({"step": f"{step + 1}/{job.steps}", **told}, refresh=False)
-        bar.update(0)
+    def make(name: str, chosen: Steer) -> Steered:
+        told: dict[str, str] = {}
 
-    def make(chosen: Steer) -> Steered:
+        def tell(_: Steer, step: int, sigma: float, seen: dict[str, Any]) -> None:
+            known = {"ESS": "ess", "roots": "roots", "best": "best"}
+            told.update({label: f"{seen[key]:.3g}" for label, key in known.items() if seen.get(key) is not None})
+            bar.set_description(f"{name} {step + 1}/{job.steps}", refresh=False)
+            bar.set_postfix(told, refresh=False)
+            bar.update(0)
+
         return chosen(prompt, job.steps, job.seed, metadata, index, tell, **job.arguments)
 
-    found = {steer.method.name: make(steer)}
+    found = {steer.method.name: make(steer.method.name, steer)}
     cost = found[steer.method.name].nfe
     if "base" in job.compare:
-        found["base"] = make(steer.using(resolve({"name": "best_of_n", "particles": 1}), "ode"))
+        found["base"] = make("base", steer.using(resolve({"name": "best_of_n", "particles": 1}), "ode"))
     if "bon" in job.compare:
-        found["bon"] = make(steer.using(resolve({"name": "best_of_n", "budget_nfe": cost, "select": "best"}), "ode"))
+        found["bon"] = make(
+            "bon", steer.using(resolve({"name": "best_of_n", "budget_nfe": cost, "select": "best"}), "ode")
+        )
     arms = {name: _arm(job, index, name, steered, metadata) for name, steered in found.items()}
     return {"index": index, "prompt": prompt, "arms": arms}
 
