@@ -3,108 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from test_oracle import TOY, A
+from steering_trees import DEEP, METHODS, Toy, errors, kept, problem, same, sde, states, tilt
 from torch import Tensor
 
-from diffalign.samplers import randn, step
-from diffalign.schedules import Schedule, plain_sigmas
-from diffalign.steering import Outcome, Steering
-from diffalign.steering._problem import Problem
+from diffalign.steering import Steering
 from diffalign.steering.best_of_n import BestOfN
 from diffalign.steering.dts import DTS
 from diffalign.steering.dts_star import DTSStar
-from diffalign.types import Step, UserError
-
-TARGET, LOG_Z = TOY.tilted(A), TOY.log_z(A)
-METHODS: list[type[DTS] | type[DTSStar]] = [DTS, DTSStar]
-DEEP: dict[str, Any] = {"lam": 1.0, "root_alpha": 0.5, "alpha": 0.7}  # a tree that branches below the root
-
-
-class Toy:
-    """The mixture on T = 10 steps; its images are its latents. Counts the states that it saw."""
-
-    schedule: Schedule = TOY.schedule
-
-    def __init__(self, steps: int = 10, cost: int = 1) -> None:
-        self.sigmas, self.cost, self.calls, self.states = plain_sigmas(steps), cost, 0, 0
-
-    def start(self, generators: Sequence[torch.Generator]) -> Tensor:
-        return randn((len(generators), 2), generators, "cpu", torch.float64)
-
-    def predict(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        self.states += len(x)
-        return TOY.predict(x, self.sigmas[i])
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return x0
-
-    def exact(self, x: Tensor, x0: Tensor, eps: Tensor, i: int, generators: Sequence[torch.Generator]) -> Step:
-        """x' given x and an exact draw of x0 given x, so that plain samples are draws of the mixture whatever T."""
-        s, s_next = self.sigmas[i : i + 2]
-        drawn = TOY.sample_posterior(x, s, generators)
-        return step(TOY.schedule, drawn, (x - (1 - s) * drawn) / s, x, s, s_next, "ddim", 1.0, generators=generators)
-
-
-def tilt(images: Tensor, sigma: float = 0.0) -> Tensor:
-    return images @ A
-
-
-def problem(seed: int = 0, judge: Any = tilt, oracle: Toy | None = None, **how: Any) -> Problem:
-    oracle = oracle or Toy()
-    return Problem(oracle, judge, seed=seed, **{"move": oracle.exact, "micro_batch": 64, **how})
-
-
-def sde(**how: Any) -> Problem:
-    return problem(move=None, kernel="flow_sde", eta=1.0, stochastic=range(1, 7), **how)
-
-
-def states(asked: Problem) -> int:
-    """Those that the model saw."""
-    assert isinstance(asked.oracle, Toy)
-    return asked.oracle.states
-
-
-def mode_tv(found: Outcome) -> float:
-    nearest = torch.cdist(found.x, TARGET.means).argmin(1)
-    share = torch.zeros(4, dtype=torch.float64).index_add(0, nearest, found.log_weights.exp())
-    return float((share - TARGET.weights).abs().sum() / 2)
-
-
-def errors(trees: int, **options: Any) -> tuple[float, float, int]:
-    """(mean total variation over modes, mean of Z-hat / Z, forwards a tree)."""
-    tv, ratio, nfe = [], [], 0
-    for seed in range(trees):
-        asked = problem(seed)
-        found = DTS(lam=1.0, rollouts=512, **options).run(asked)
-        assert float(found.log_weights.logsumexp(0)) == pytest.approx(0, abs=1e-9)
-        assert found.log_z is not None
-        tv.append(mode_tv(found))
-        ratio.append(math.exp(found.log_z - LOG_Z))
-        nfe = asked.spent.nfe
-    return mean(tv), mean(ratio), nfe
-
-
-def same(a: Outcome, b: Outcome) -> None:
-    for one, other in ((a.x, b.x), (a.rewards, b.rewards), (a.log_weights, b.log_weights)):
-        assert torch.equal(one, other)
-    assert (a.leaves, a.lineage, a.log_z, a.history) == (b.leaves, b.lineage, b.log_z, b.history)
-
-
-def kept(folder: Path, prompt: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a saved tree."""
-    with safe_open(folder / f"tree-{prompt:04d}.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["tree"])  # noqa: SIM118
+from diffalign.types import UserError
 
 
 def test_the_wide_root_is_exact() -> None:
@@ -196,72 +109,6 @@ def test_visits_of_a_batch_spread_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_tree_grows_from_its_smaller_self(method: Any) -> None:
-    """Anytime: more rollouts add leaves, and those that were there stay."""
-    small, large = (method(**DEEP, rollouts=m, batch=3).run(problem(5)) for m in (9, 30))
-    assert torch.equal(large.x[: len(small.x)], small.x) and len(large.x) > len(small.x)
-    again = method(**DEEP, rollouts=30, batch=3).run(problem(5))
-    same(large, again)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("store", ["exact", "bf16"])
-def test_resume_equals_one_run(method: Any, store: str, tmp_path: Path) -> None:
-    options = {**DEEP, "batch": 3, "store": store}
-    whole = problem(7, prompt=12)
-    expected = method(**options, rollouts=30).run(whole)
-    method(**options, rollouts=10, trees=str(tmp_path)).run(problem(7, prompt=12))
-    assert [p.name for p in tmp_path.iterdir()] == ["tree-0012.safetensors"]
-    resumed = problem(7, prompt=12)
-    same(expected, method(**options, rollouts=30, trees=str(tmp_path)).run(resumed))
-    assert resumed.spent.nfe == whole.spent.nfe
-    assert resumed.oracle.states < states(whole)
-    done = problem(7, prompt=12)
-    same(expected, method(**options, rollouts=30, trees=str(tmp_path)).run(done))
-    assert states(done) == 0
-
-
-@pytest.mark.parametrize(
-    "other, seed, message",
-    [
-        (DTS(lam=2.0, rollouts=4), 0, "another lam, 1.0, not 2.0"),
-        (DTS(lam=1.0, rollouts=4), 1, "another seed, 0, not 1"),
-        (DTS(lam=1.0, rollouts=4, branch_steps=(2,)), 0, "another branch;"),
-        (DTSStar(lam=1.0, rollouts=4), 0, "another method, dts, not dts_star"),
-    ],
-)
-def test_another_tree_is_refused(other: DTS | DTSStar, seed: int, message: str, tmp_path: Path) -> None:
-    DTS(lam=1.0, rollouts=4, trees=str(tmp_path)).run(problem())
-    with pytest.raises(UserError, match=message):
-        other.model_copy(update={"trees": str(tmp_path)}).run(problem(seed))
-
-
-def test_other_steps_and_noise_are_refused(tmp_path: Path) -> None:
-    method = DTS(lam=1.0, rollouts=4, branch_steps=(2,), trees=str(tmp_path))
-    method.run(sde())
-    with pytest.raises(UserError, match="another sigmas;"):
-        method.run(sde(oracle=Toy(12)))
-    with pytest.raises(UserError, match=r"another eta, 1\.0, not 0\.5"):
-        method.run(problem(move=None, kernel="flow_sde", eta=0.5, stochastic=range(1, 7)))
-
-
-def test_damaged_and_impossible_files(tmp_path: Path) -> None:
-    method = DTS(lam=1.0, rollouts=4, trees=str(tmp_path))
-    method.run(problem())
-    file = tmp_path / "tree-0000.safetensors"
-    whole = file.read_bytes()
-    for damaged in (whole[:-8], whole[:300], b"", b"no tree at all"):
-        file.write_bytes(damaged)
-        with pytest.raises(UserError, match="cannot read tree file .* remove it"):
-            method.run(problem())
-    (tmp_path / "blocked").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="cannot write tree file"):
-        DTS(lam=1.0, trees=str(tmp_path / "blocked")).run(problem())
-    with pytest.raises(UserError, match="needs one seed"):
-        method.run(problem(own=[torch.Generator()] * 4))
-
-
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cost, batch", [(1, 1), (2, 3)])
 def test_a_budget_is_filled_and_kept(method: Any, cost: int, batch: int) -> None:
     asked = problem(oracle=Toy(cost=cost))
@@ -320,17 +167,6 @@ def test_root_children_are_plain_samples() -> None:
     generators = asked.particles(0, 6)
     plain = asked.walk(asked.start(generators), generators)
     assert torch.equal(DTS(lam=1.0, rollouts=6).run(problem(4)).x, plain)
-
-
-def test_bf16_takes_less_and_leaves_stay_exact(tmp_path: Path) -> None:
-    found = {}
-    for store in ("exact", "bf16"):
-        found[store] = DTS(lam=1.0, rollouts=4, store=store, trees=str(tmp_path / store)).run(problem())  # type: ignore[arg-type]
-    assert torch.equal(found["exact"].x, found["bf16"].x)  # no second children yet
-    (exact, _), (short, _) = kept(tmp_path / "exact"), kept(tmp_path / "bf16")
-    assert (exact["x0"].dtype, short["x0"].dtype, short["leaves"].dtype) == (
-        torch.float64, torch.bfloat16, torch.float64,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
