@@ -35,6 +35,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "pickscore+artifact_head": [PICK, CLEAN],
     "clip_score": [{"name": "clip_score", "model": "tiny-clip"}],
     "hpsv2": [{"name": "hpsv2", "model": "tiny-clip"}],
+    "image_reward": [{"name": "image_reward", "model": "tiny-image-reward"}],
     "aesthetic": [{"name": "aesthetic", "model": "tiny-clip"}],
     "vlm_echo": [{"name": "vlm_echo", "model": "tiny-vlm"}],
     "yes_probability": [{"name": "yes_probability", "model": "tiny-vlm"}],

@@ -76,7 +76,8 @@ class Network(nn.Module):
 
     def look(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [N, 3, 64, 64] -> image tokens [N, 65, 128]."""
-        return _blip.Blip(self.vision, self.text).image_tokens(pixels)
+        tokens: Tensor = self.vision(pixel_values=pixels).last_hidden_state
+        return tokens
 
     def judge(self, tokens: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What the tokenizer gives for N texts, and the tokens of the picture of each -> scores [N], and the states
@@ -86,7 +87,7 @@ class Network(nn.Module):
             attention_mask=text["attention_mask"],
             encoder_hidden_states=tokens,
             encoder_attention_mask=tokens.new_ones(tokens.shape[:2]),
-            is_decoder=False,
+            is_decoder=False,  # as in rewards/_blip.py
             output_hidden_states=True,
         )
         return self.mlp(out.last_hidden_state[:, 0])[:, 0], out.hidden_states[-2]

@@ -63,7 +63,7 @@ def captioned(n: int, seed: int) -> Captions:
     color = torch.zeros(n, len(world.SHAPES), dtype=torch.long)
     for i in range(n):
         meta, objects = prompts.sample(rng, catalogue)
-        true = [questions.caption(t) for t in questions.truths(objects)] or [questions.caption(meta["include"])]
+        true = [questions.caption(t) for t in questions.truths(objects)]
         wrong = questions.choose(rng, questions.near_misses(meta["include"], objects), SAID)
         said = [meta["prompt"], *(rng.choice(prompts.OPENINGS) + rng.choice(true) for _ in range(SAID - 1))]
         texts.append(said + [rng.choice(prompts.OPENINGS) + text for text in wrong])
