@@ -96,7 +96,8 @@ class Vlm:
             places = [config.image_token_id] * self.look.tokens(image)
             ids += [config.vision_start_token_id, *places, config.vision_end_token_id]
         said = self.encode(text)
-        return [*self._chat("<|im_start|>user\n"), *([*said, *ids] if text_first else [*ids, *said]), *self._chat(TURN)]
+        turn = [*said, *ids] if text_first else [*ids, *said]
+        return [*self._chat("<|im_start|>user\n"), *turn, *self._chat(TURN)]
 
     @property
     def end(self) -> int:

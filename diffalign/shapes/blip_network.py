@@ -37,7 +37,7 @@ def words() -> BertTokenizer:
 
 
 class Network(nn.Module):
-    """BLIP's two encoders and the affine head, 1.4 M parameters."""
+    """BLIP's two encoders and the affine head, 1.5 M parameters."""
 
     def __init__(self, vocabulary: int) -> None:
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel

@@ -149,9 +149,9 @@ def prefer(network: Network, pointer: nn.Linear, spoken: Spoken, bank: Bank, dat
             s = network.judge(tokens[:n], asked)[0].float().view(GROUPS, each)
             captions = caption_loss(network, pointer, tokens[n:], data, k, spoken)
             seen = local_loss(local(tokens[:n, 1:]).float(), drawn.found)
-        preference = bradley_terry(s, drawn.scores)
-        total = preference + CAPTIONS * captions["loss"] + LOCAL * seen
-        of_pairs = {"preference": preference, "local": seen, "accuracy": accuracy(s.detach(), drawn.scores)}
+        preferred = bradley_terry(s, drawn.scores)
+        total = preferred + CAPTIONS * captions["loss"] + LOCAL * seen
+        of_pairs = {"preference": preferred, "local": seen, "accuracy": accuracy(s.detach(), drawn.scores)}
         return {**captions, **of_pairs, "loss": total}
 
     parts = nn.ModuleDict({"network": network, "pointer": pointer, "local": local})
