@@ -5,8 +5,9 @@
 
 Every run is `shapes_grpo` with other rewards and fewer epochs, measured on the 240 held-out prompts before and after:
 the reward itself, exact GenEval, and `whole`, the share of images in which the detector finds nothing malformed. A
-reward that rises while the other two fall was hacked. Differences have 95 % intervals, by paired bootstrap over
-prompts. Finished runs are not repeated. Prints a markdown table.
+reward that rises while the other two fall was hacked. Discriminators, which are not the same before and after, are
+measured by `MEASURED` instead. Differences have 95 % intervals, by paired bootstrap over prompts. Finished runs are not
+repeated. Prints a markdown table.
 """
 
 from __future__ import annotations
@@ -26,18 +27,26 @@ from torch import Tensor
 
 PICK = {"name": "pickscore", "model": "tiny-clip"}
 CLEAN = {"name": "artifact_head"}
+STYLE = "shapes-deep"  # of the references that discriminators learn from
+LIKENESS = {"name": "dino", "model": "tiny-dino", "references": STYLE, "label": "likeness"}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "geneval": [{"name": "geneval", "mode": "dense", "label": "partial credit"}],
     "pickscore": [PICK],
     "pickscore+artifact_head": [PICK, CLEAN],
+    "clip_score": [{"name": "clip_score", "model": "tiny-clip"}],
+    "hpsv2": [{"name": "hpsv2", "model": "tiny-clip"}],
+    "image_reward": [{"name": "image_reward", "model": "tiny-image-reward"}],
     "aesthetic": [{"name": "aesthetic", "model": "tiny-clip"}],
     "vlm_echo": [{"name": "vlm_echo", "model": "tiny-vlm"}],
     "yes_probability": [{"name": "yes_probability", "model": "tiny-vlm"}],
     "artifact_vlm": [{"name": "artifact_vlm", "model": "tiny-vlm"}],
     "artifact_head": [CLEAN],
     "dino": [{"name": "dino", "model": "tiny-dino", "references": "shapes-dusk"}],
+    "dino_adversarial": [{"name": "dino_adversarial", "model": "tiny-dino", "references": STYLE, "lr": 3e-4}],
+    "pickscore_adversarial": [{"name": "pickscore_adversarial", "model": "tiny-clip", "references": STYLE, "lr": 1e-4}],
     "jpeg": [{"name": "jpeg"}],
 }
+MEASURED = {"dino_adversarial": [LIKENESS], "pickscore_adversarial": [LIKENESS, PICK]}
 JUDGES = [{"name": "geneval"}, {"name": "reward_runs.whole", "label": "whole"}]
 
 
@@ -50,7 +59,7 @@ def whole(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str
 
 def command(row: str, seed: int, epochs: int, folder: Path) -> list[str]:
     rewards = ROWS[row]
-    measured = [*rewards, *JUDGES]
+    measured = [*MEASURED.get(row, rewards), *JUDGES]
     overrides = {
         "seed": seed,
         "output": str(folder),
@@ -96,7 +105,7 @@ def main() -> None:
                 run = command(row, seed, arguments.epochs, folder)
                 subprocess.run(run, check=True, env={**os.environ, "PYTHONPATH": paths}, stdout=sys.stderr)
             before, after = scores(folder, 0), scores(folder, arguments.epochs)
-            trained = [r.get("label", r["name"]) for r in ROWS[row]]
+            trained = [r.get("label", r["name"]) for r in MEASURED.get(row, ROWS[row])]
             results.append(
                 {
                     "trained on": row,

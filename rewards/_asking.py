@@ -48,6 +48,7 @@ class Answer:
 class Question:
     images: Sequence[Tensor]  # each [3, H, W] in [0, 1]
     text: str
+    text_first: bool = False  # else the pictures
 
 
 class Asked(Protocol):
@@ -125,7 +126,7 @@ class Local:
         from diffalign.rewards._vlm import Row
 
         images = [self.vlm.look.fit(image[None])[0] for image in question.images]
-        return Row(images, self.vlm.prefix(images, question.text), label)
+        return Row(images, self.vlm.prefix(images, question.text, question.text_first), label)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Remote:
     def answer(self, questions: Sequence[Question]) -> list[Answer | Failed]:
         def one(question: Question) -> Answer | Failed:
             try:
-                return heard(self.client.answer(question.images, question.text), self.yes, self.no)
+                return heard(self.client.answer(question.images, question.text, question.text_first), self.yes, self.no)
             except Failed as error:
                 return error
 

@@ -127,6 +127,7 @@ def configs(vision: Mapping[str, Tensor], text: Mapping[str, Tensor], heads: tup
             max_position_embeddings=positions,
             hidden_act="gelu",
             layer_norm_eps=1e-12,
+            bos_token_id=None,  # unused, and by default beyond a small vocabulary
             is_decoder=True,  # else the layers would have no attention to the image
         ),
     )

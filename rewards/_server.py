@@ -78,11 +78,14 @@ class Client:
     model: str
     pool: Pool
 
-    def answer(self, images: Sequence[Tensor], text: str) -> dict[str, float]:
-        """Log-probabilities of the likeliest next tokens, at most 20, by their spelling. Raises Failed."""
+    def answer(self, images: Sequence[Tensor], text: str, text_first: bool = False) -> dict[str, float]:
+        """Log-probabilities of the likeliest next tokens, at most 20, by their spelling. Raises Failed.
+
+        text_first: else the pictures come first.
+        """
         body = {
             "model": self.model,
-            "messages": [_user(images, text)],
+            "messages": [_user(images, text, text_first)],
             "max_tokens": 1,
             "temperature": 0,
             "logprobs": True,
@@ -254,9 +257,10 @@ def _masked(url: str) -> str:
     return re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
 
 
-def _user(images: Sequence[Tensor], text: str) -> dict[str, Any]:
+def _user(images: Sequence[Tensor], text: str, text_first: bool = False) -> dict[str, Any]:
     pictures: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _url(i)}} for i in images]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+    said = [{"type": "text", "text": text}]
+    return {"role": "user", "content": said + pictures if text_first else pictures + said}
 
 
 def _url(image: Tensor) -> str:

@@ -89,13 +89,15 @@ class Vlm:
         """Ids of a text in which special tokens are no more than their spelling: prompts are anyone's text."""
         return list(self.words(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
-    def prefix(self, images: Sequence[Tensor], text: str) -> list[int]:
-        """A user's turn, pictures first, and the opening of the model's; no system prompt."""
+    def prefix(self, images: Sequence[Tensor], text: str, text_first: bool = False) -> list[int]:
+        """A user's turn, pictures first unless `text_first`, and the opening of the model's; no system prompt."""
         config, ids = self.model.config, []
         for image in images:
             places = [config.image_token_id] * self.look.tokens(image)
             ids += [config.vision_start_token_id, *places, config.vision_end_token_id]
-        return [*self._chat("<|im_start|>user\n"), *ids, *self.encode(text), *self._chat(TURN)]
+        said = self.encode(text)
+        turn = [*said, *ids] if text_first else [*ids, *said]
+        return [*self._chat("<|im_start|>user\n"), *turn, *self._chat(TURN)]
 
     @property
     def end(self) -> int:

@@ -30,6 +30,8 @@ FAULTY_SHAPES = "Are there broken or malformed shapes? Answer yes or no."  # wha
 class ArtifactVlm(VlmReward):
     """r = 1 - P(yes) with P(yes) = sigmoid(log P(yes) - log P(no) + bias): 1 is free of faults. The prompt is not used.
 
+    As published, the instruction comes before the picture; tiny-vlm is shown the picture first, as it learnt.
+
     All spellings of yes are summed, and of no; the published code takes exact matches, the last of them, and counts a
     missing answer as free of faults (:func:`published`). A server tells 20 tokens: with no but no yes among them the
     score is 1, with yes but no no it is 0, and with neither it is not valid.
@@ -57,7 +59,7 @@ class ArtifactVlm(VlmReward):
     def score(self, asked: Asked, images: Tensor) -> RewardOutput:
         embedded = self.server is None and self.model in (None, EMBEDDED)
         text = (FAULTY_SHAPES if embedded else FAULTS) if self.instruction is None else self.instruction
-        answers = asked.answer([Question([image], text) for image in images])
+        answers = asked.answer([Question([image], text, text_first=not embedded) for image in images])
         values = [a if isinstance(a, Failed) else 1 - probability(a, "yes_no", self.bias) for a in answers]
         return output(values, images, {})
 

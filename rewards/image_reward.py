@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 OFFICIAL, FILE = "THUDM/ImageReward", "ImageReward.pt"
 CONTEXT = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
+BERT = "google-bert/bert-base-uncased"
+TINY, TINY_FILE, TINY_HEADS = "tiny-image-reward", "model.safetensors", (4, 4)  # the embedded one
 ADDED = ["[DEC]", "[ENC]"]  # BLIP's own tokens; no prompt has them, but the vocabulary counts them
 
 
@@ -25,20 +27,20 @@ class ImageReward(Reward):
     """score = (w.h + b - 0.167) / 1.033, about -2 to 2; h = hidden state at [CLS] of the prompt looking at the image.
 
     Words beyond the 35th token are not seen: do not use it with dense captions. The published head is five linear
-    layers with nothing between them; they are multiplied out at loading. No embedded model has this form: the tests run
-    a small random one, which `model` takes as a folder with ImageReward.pt.
+    layers with nothing between them; they are multiplied out at loading. `model: tiny-image-reward` is the embedded
+    head for the shapes world, with the same keys and a tokenizer of its own, and runs on a CPU.
     """
 
     model: str = OFFICIAL
-    """Hub id, folder or file of ImageReward.pt, 1.8 GB."""
+    """An embedded name (tiny-image-reward), or hub id, folder or file of ImageReward.pt, 1.8 GB."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    tokenizer: str = "google-bert/bert-base-uncased"
-    """Folder or hub id of BERT's tokenizer."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; by default BERT's, google-bert/bert-base-uncased, or the embedded model's."""
     tokenizer_revision: str | None = None
     """Likewise of the tokenizer."""
     heads: tuple[int, int] | None = None
-    """Attention heads of image and text encoder; by default one for every 64 channels."""
+    """Attention heads of image and text encoder; by default one for every 64 channels, as BLIP has (embedded: 32)."""
     local_files_only: bool = False
     """Never reach for the network; use what is in the cache."""
     dtype: Dtype = "fp32"
@@ -51,9 +53,10 @@ class ImageReward(Reward):
 
     def checkpoints(self) -> list[Checkpoint]:
         """The weights, then the tokenizer."""
+        file, words = (TINY_FILE, TINY) if self.model == TINY else (FILE, BERT)
         return [
-            Checkpoint(self.model, self.revision, (FILE,)),
-            Checkpoint(self.tokenizer, self.tokenizer_revision, TEXT),
+            Checkpoint(self.model, self.revision, (file,)),
+            Checkpoint(self.tokenizer or words, self.tokenizer_revision, TEXT),
         ]
 
     def setup(self, device: torch.device | str) -> Head:
@@ -62,7 +65,8 @@ class ImageReward(Reward):
         weights, words_of = self.checkpoints()
         path = weights.file(self.local_files_only)
         state = _loading.weights(path)
-        blip = _blip.build(_loading.under(state, "blip."), path.name, self.heads)
+        heads = self.heads or (TINY_HEADS if self.model == TINY else None)
+        blip = _blip.build(_loading.under(state, "blip."), path.name, heads)
         w, b = (t.to(device) for t in _affine.collapsed(_loading.under(state, "mlp."), path.name))
         rest = [k for k in state if not k.startswith(("blip.", "mlp."))]
         _loading.complain(f"'{path.name}'", [], rest, [])

@@ -227,6 +227,7 @@ def test_folders_that_are_no_head_are_refused(trained: tuple[Path, str], tmp_pat
     [
         (9, "new", [], "9 clean pictures are too few, at least 10"),
         (12, "full", [], "is not empty; name a new folder"),
+        (12, "full/x/head", ["--features", "nowhere"], "give another --output"),  # before anything loads
         (12, "new", ["--steps", "0"], "--steps must be at least 1"),
         (12, "new", ["--size", "0"], "--size must be at least 1, got 0"),
         (12, "new", ["--size=-16"], "--size must be at least 1, got -16"),

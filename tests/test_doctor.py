@@ -36,6 +36,9 @@ def test_says_what_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert main(["doctor", "rewards", "--reward", "artifact_head"]) == 0
     head, backbone = capsys.readouterr().out.splitlines()
     assert head.startswith("artifact_head: tiny-artifact: in ") and backbone.startswith("artifact_head: tiny-dino: in ")
+    assert main(["doctor", "rewards", "--reward", "image_reward:model=tiny-image-reward"]) == 0
+    weights, tokenizer = capsys.readouterr().out.splitlines()
+    assert weights == tokenizer and weights.startswith("image_reward: tiny-image-reward: in ")
 
 
 def test_compares_with_the_first_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

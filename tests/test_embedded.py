@@ -39,7 +39,7 @@ def test_all_of_it_is_small_and_documented() -> None:
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= 30e6
     card = (WEIGHTS / "README.md").read_text()
     log = [json.loads(line) for line in (WEIGHTS / "pretrain_log.jsonl").read_text().splitlines()]
-    for stage in ("vae", "clip", "transformer", "vlm", "dino", "preference"):
+    for stage in ("vae", "clip", "transformer", "vlm", "dino", "preference", "image_reward"):
         last = [line for line in log if line["stage"] == stage and "step" in line][-1]
         assert f"| {stage} | {last['step']} |" in card
 

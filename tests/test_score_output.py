@@ -73,6 +73,15 @@ def test_a_reward_that_mostly_fails_is_exit_code_2_after_all_was_said(
     )
 
 
+def test_says_that_it_replaced_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, output = grey(tmp_path / "images", a=0, b=255), tmp_path / "scores.jsonl"
+    said = f"2 images in {output}"
+    for more in ("", ", in place of what it held"):
+        assert score_into(output, "jpeg", images) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == said + more
+        assert len(lines(output)) == 2
+
+
 def test_a_full_disk_leaves_the_file_of_an_earlier_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from diffalign.rewards import _asking, _vlm
 from diffalign.rewards._asking import NO, YES, Local
 from diffalign.rewards._preprocess import CLIP_MEAN, CLIP_STD
 from diffalign.rewards._vlm import FAMILIES, Look, Row, Vlm
+from diffalign.rewards.artifact_vlm import ArtifactVlm
 from diffalign.rewards.vlm_echo import VlmEcho, word_weights
 from diffalign.rewards.yes_probability import YesProbability
 from diffalign.shapes import chat, prompts, questions, world
@@ -112,6 +113,20 @@ def test_prefix_and_prompt_are_tokenised_apart_and_prompts_are_plain_text(vlm: V
     assert shown.startswith("<|im_start|>user\n<|vision_start|><|image_pad|>")
     assert shown.endswith("<|vision_end|>Look. <|im_end|><|image_pad|><|im_end|>\n<|im_start|>assistant\n")
     assert "system" not in shown
+
+
+def test_the_question_about_faults_comes_before_the_picture(vlm: Vlm, asked: Local) -> None:
+    head = ArtifactVlm(name="artifact_vlm", model="another", instruction="Is a circle broken?", bias=0.3)
+    images = [vlm.look.fit(image[None])[0] for image in IMAGES]
+    rows = [Row([image], vlm.prefix([image], "Is a circle broken?", text_first=True)) for image in images]
+    shown = vlm.words.decode(rows[0].prefix)
+    assert shown.startswith("<|im_start|>user\nIs a circle broken?<|vision_start|><|image_pad|>")
+    assert shown.endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+    logp = vlm.next(rows)
+    odds = logp[:, asked.yes].logsumexp(1) - logp[:, asked.no].logsumexp(1)
+    torch.testing.assert_close(head.score(asked, IMAGES).scores, 1 - (odds + 0.3).sigmoid())
+    embedded = ArtifactVlm(name="artifact_vlm", instruction="Is a circle broken?", bias=0.3)  # which learnt otherwise
+    assert (embedded.score(asked, IMAGES).scores - head.score(asked, IMAGES).scores).abs().max() > 1e-4
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

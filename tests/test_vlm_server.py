@@ -53,10 +53,13 @@ def test_a_server_answers_yes_or_no(asked: Local) -> None:
             return {"Yes": -0.2, "No": -1.8}
         return {" yes": -2.0, "YES": -3.0, "No": -0.5, "The": -4.0} if "circle" in text else {"The": -0.1, "A": -3.0}
 
-    with serving(Backend(asked.vlm, top)) as url:
+    backend = Backend(asked.vlm, top)
+    with serving(backend) as url:
         full = behind(url, "yes_probability")(IMAGES, PROMPTS, BLANK)
         odds = behind(url, "yes_probability", normalise="yes_no")(IMAGES, PROMPTS, BLANK)
+        assert backend.parts == [["image_url", "text"]] * 8
         clean = behind(url, "artifact_vlm", instruction="a circle?", bias=0.7)(IMAGES, PROMPTS, BLANK)
+        assert backend.parts[8:] == [["text", "image_url"]] * 4  # as published
     yes, no = np.exp(-2) + np.exp(-3), np.exp(-0.5)
     assert full.scores[0].item() == pytest.approx(yes, abs=1e-6)
     assert odds.scores[0].item() == pytest.approx(yes / (yes + no), abs=1e-6)

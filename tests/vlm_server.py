@@ -29,6 +29,7 @@ class Backend:
     trouble: list[int | bytes | Callable[[], object]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    parts: list[list[str]] = field(default_factory=list)  # of every user's turn, the kinds in their order
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reply(self, path: str, body: dict[str, Any]) -> Any:
@@ -44,6 +45,7 @@ class Backend:
     def chat(self, body: dict[str, Any]) -> Any:
         assert body["model"] == "tiny"
         sent, text = content(body["messages"][0])
+        self.parts.append([part["type"] for part in body["messages"][0]["content"]])
         images = [self.vlm.look.fit(image[None])[0] for image in sent]
         if body.get("top_logprobs"):
             top = [{"token": t, "logprob": p} for t, p in self.top(sent, text).items()]
@@ -80,7 +82,8 @@ class Backend:
 
 def content(message: dict[str, Any]) -> tuple[list[Tensor], str]:
     urls = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
-    return [decoded(url) for url in urls], message["content"][-1]["text"]
+    (text,) = [part["text"] for part in message["content"] if part["type"] == "text"]
+    return [decoded(url) for url in urls], text
 
 
 def decoded(url: str) -> Tensor:

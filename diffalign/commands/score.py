@@ -9,7 +9,7 @@ from pathlib import Path
 from diffalign import image_lists, reward_entries
 from diffalign.commands import _common
 from diffalign.types import UserError
-from diffalign.writing import try_out
+from diffalign.writing import STREAMS, try_out
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if asking and bare:
         raise UserError(f"'{asking[0]}' needs prompts, and the image {bare[0]!r} has none; add --prompts FILE")
     output = None if args.output is None else Path(args.output)
+    replaces = output is not None and output.is_file() and str(output) not in STREAMS
     if output is not None:
         try:
             try_out(output)
@@ -67,5 +68,5 @@ def run(args: argparse.Namespace) -> None:
     print(scoring.table(results))
     if output is not None:
         scoring.write(results, output)
-        print(f"{len(results)} images in {output}")
+        print(f"{len(results)} images in {output}" + (", in place of what it held" if replaces else ""))
     scoring.refuse_invalid(results)

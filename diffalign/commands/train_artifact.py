@@ -9,6 +9,7 @@ from diffalign import image_lists
 from diffalign.commands import _common
 from diffalign.rewards import _artifact
 from diffalign.types import UserError
+from diffalign.writing import try_out
 
 UNFINISHED = {_artifact.WEIGHTS, f"{_artifact.WEIGHTS}.tmp", f"{_artifact.NOTE}.tmp"}  # of a head that was not saved
 
@@ -48,6 +49,10 @@ def run(args: argparse.Namespace) -> None:
     if output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - UNFINISHED):
         raise UserError(f"'{output}' is not empty; name a new folder")
     clean, artifact = (image_lists.find(where) for where in (args.clean, args.artifact))
+    try:
+        try_out(output / _artifact.WEIGHTS if output.exists() else output)  # now, and not after the training
+    except OSError as error:
+        raise _unwritable(output, error) from error
     _common.quiet()
     from diffalign.artifact_training import Plan, sentence, train
     from diffalign.devices import choose
@@ -60,6 +65,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         _artifact.save(_artifact.Trained(features, weights, report), output)
     except OSError as error:
-        raise UserError(f"could not write '{output}': {error.strerror}; give another --output") from error
+        raise _unwritable(output, error) from error
     print(sentence(report))
     print(f"use it as {{name: artifact_head, model: {output}}}")
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(f"could not write '{output}': {error.strerror}; give another --output")

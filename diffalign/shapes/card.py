@@ -14,7 +14,7 @@ from typing import Any
 from diffalign.shapes.publish import LOG
 from diffalign.writing import put
 
-RECIPES = ("pretrain", "vlm", "dino", "preference", "aesthetic", "artifact")  # in the order to run them
+RECIPES = ("pretrain", "vlm", "dino", "preference", "image_reward", "aesthetic", "artifact")  # in the order to run them
 
 
 def write(folder: Path) -> None:

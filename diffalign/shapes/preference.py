@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.rewards import _preprocess
-from diffalign.shapes import card, prompts, samples, world
+from diffalign.shapes import card, prompts, samples
 from diffalign.shapes.dino import KINDS as OBJECTS
 from diffalign.shapes.dino import patches
 from diffalign.shapes.fitting import Fit, Losses, batches, fit
-from diffalign.shapes.preference_data import CLASSES, DRAWN, KINDS, Bank, fill, mirror, recolour, rename, shift
+from diffalign.shapes.preference_data import CLASSES, KINDS, Bank, draw, fill
 from diffalign.shapes.pretrain import Data, contrastive, draw_scenes
 from diffalign.shapes.publish import add_log, replacing
 
@@ -56,9 +56,7 @@ def bradley_terry(s: Tensor, judged: Tensor) -> Tensor:
 
 
 def tune(model: Any, words: CLIPTokenizer, bank: Bank, data: Data, folder: Path) -> None:
-    texts = [m["prompt"] for m in bank.metas]
     scene_ids = _tokens(words, data.texts)
-    split = len(samples.SETTINGS)
     width = model.config.vision_config.hidden_size
     parts = nn.ModuleDict(
         {
@@ -69,52 +67,39 @@ def tune(model: Any, words: CLIPTokenizer, bank: Bank, data: Data, folder: Path)
     )
 
     def loss(step: int, generator: torch.Generator) -> Losses:
-        def draw(high: int, *shape: int) -> Tensor:
-            return torch.randint(high, shape, generator=generator)
-
-        p = draw(len(bank.metas), GROUPS)
-        some = torch.rand(GROUPS, split, generator=generator).argsort(1)[:, :OF_SAMPLES]
-        others = split + torch.rand(GROUPS, len(DRAWN), generator=generator).argsort(1)[:, :OF_OTHERS]
-        k = torch.cat([some, others], 1)
-        order = torch.rand(GROUPS, len(world.COLORS), generator=generator).argsort(1)
-        prompted = [rename(texts[i], o) for i, o in zip(p.tolist(), order.tolist(), strict=True)]
-        order = order.repeat_interleave(k.shape[1], 0)
-        pictures = recolour(bank.images[p[:, None], k].flatten(0, 1).float(), order)
-        found = bank.found[p[:, None], k].flatten(0, 1).long()
-        pictures, found = shift(pictures, found, torch.rand(len(pictures), 2, generator=generator))
-        if step % 2:
-            pictures, found, prompted = pictures.flip(-1), found.flip(-1), [mirror(t) for t in prompted]
-        scenes = draw(len(data.images), CONTRASTED)
-        pixels = normalise(torch.cat([pictures, data.images[scenes]]))
-        tokens = torch.cat([_tokens(words, prompted), scene_ids[data.text[scenes]]])
+        drawn = draw(bank, GROUPS, OF_SAMPLES, OF_OTHERS, bool(step % 2), generator)
+        n = len(drawn.images)
+        scenes = torch.randint(len(data.images), (CONTRASTED,), generator=generator)
+        pixels = normalise(torch.cat([drawn.images, data.images[scenes]]))
+        tokens = torch.cat([_tokens(words, drawn.prompts), scene_ids[data.text[scenes]]])
         with torch.autocast("cpu", torch.bfloat16):
             out = model(input_ids=tokens, pixel_values=pixels)
             vision = out.vision_model_output
-            local = parts["local"](vision.last_hidden_state[: len(pictures), 1:]).float()
-            counts = parts["counts"](vision.pooler_output[: len(pictures)]).float()  # the embedding, not normalised
+            local = parts["local"](vision.last_hidden_state[:n, 1:]).float()
+            counts = parts["counts"](vision.pooler_output[:n]).float()  # the embedding, not normalised
         image, text = (F.normalize(e.float(), dim=-1) for e in (out.image_embeds, out.text_embeds))
-        n = len(pictures)
         s = model.logit_scale.exp() * torch.einsum("pkd,pd->pk", image[:n].unflatten(0, (GROUPS, -1)), text[:GROUPS])
-        judged = bank.scores[p[:, None], k]
-        preference = bradley_terry(s, judged)
+        preference = bradley_terry(s, drawn.scores)
         same = data.meaning[scenes][:, None] == data.meaning[scenes][None]
         clip = contrastive(image[n:], text[GROUPS:], same, model.logit_scale)
-        there = F.one_hot(found, len(CLASSES) + 1)[..., 1:].permute(0, 3, 1, 2).float()
-        seen = F.binary_cross_entropy_with_logits(local, patches(there).flatten(2).transpose(1, 2))
-        wanted = bank.counts[p[:, None], k].flatten(0, 1)
-        by_color = wanted[:, :-1].unflatten(1, (len(world.SHAPES), -1))
-        by_color = by_color.gather(2, order.argsort(1)[:, None].expand_as(by_color))
-        counted = F.mse_loss(counts, torch.cat([by_color.flatten(1), wanted[:, -1:]], 1))
+        seen = local_loss(local, drawn.found)
+        counted = F.mse_loss(counts, drawn.counts)
         return {
             "loss": preference + CONTRASTIVE * clip + LOCAL * seen + COUNTS * counted,
             "preference": preference,
             "contrastive": clip,
             "local": seen,
             "counts": counted,
-            "accuracy": accuracy(s.detach(), judged),
+            "accuracy": accuracy(s.detach(), drawn.scores),
         }
 
     fit(STAGE, parts, loss, PLAN, folder)
+
+
+def local_loss(logits: Tensor, found: Tensor) -> Tensor:
+    """Cross-entropy of `CLASSES` on each patch, logits [N, 64, 5], with the share of it that each covers in `found`."""
+    there = F.one_hot(found, len(CLASSES) + 1)[..., 1:].permute(0, 3, 1, 2).float()
+    return F.binary_cross_entropy_with_logits(logits, patches(there).flatten(2).transpose(1, 2))
 
 
 def accuracy(s: Tensor, judged: Tensor, mask: Tensor | bool = True) -> Tensor:
@@ -141,13 +126,17 @@ def score(model: Any, words: CLIPTokenizer, images: Tensor, texts: Sequence[str]
 
 
 def measure(model: Any, words: CLIPTokenizer, bank: Bank, scenes: Data) -> dict[str, float]:
-    """Preference accuracy by kinds of the two pictures, and 64-way prompt retrieval of scenes.
+    """:func:`by_kinds`, and 64-way prompt retrieval of scenes."""
+    s = score(model, words, bank.images, [m["prompt"] for m in bank.metas])
+    return by_kinds(s, bank.scores) | {"retrieval of 64": retrieval(model, words, scenes)}
+
+
+def by_kinds(s: Tensor, judged: Tensor) -> dict[str, float]:
+    """Preference accuracy by kinds of the two pictures; both [P, K].
 
     "overall" is the mean of sample against sample and of render against sample, where renders are of the prompt and of
     near-misses.
     """
-    texts = [m["prompt"] for m in bank.metas]
-    s = score(model, words, bank.images, texts)
     result = {}
     kinds = {"sample": ["sample"], "prompt render": ["render"], "near-miss render": ["near"]}
     kinds |= {"render": ["render", "near"], "broken": ["broken", "broken sample"]}
@@ -155,9 +144,8 @@ def measure(model: Any, words: CLIPTokenizer, bank: Bank, scenes: Data) -> dict[
     sides = [(k, "sample") for k in kinds] + [("near-miss render", "prompt render"), ("broken", "prompt render")]
     for a, b in sides:
         mask = member[a][:, None] & member[b][None]
-        result[f"{a} / {b}"] = float(accuracy(s, bank.scores, mask | mask.T))
+        result[f"{a} / {b}"] = float(accuracy(s, judged, mask | mask.T))
     result["overall"] = (result["sample / sample"] + result["render / sample"]) / 2
-    result["retrieval of 64"] = retrieval(model, words, scenes)
     return result
 
 

@@ -32,6 +32,40 @@ class Bank:
     counts: Tensor  # [P, K, 25]: objects of each of `OBJECTS`, and malformed things
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What one step learns from: G prompts, K pictures of each."""
+
+    prompts: list[str]
+    images: Tensor  # [G K, 3, 64, 64] in 0 .. 255
+    scores: Tensor  # [G, K]
+    found: Tensor  # [G K, 64, 64]
+    counts: Tensor  # [G K, 25]
+
+
+def draw(bank: Bank, groups: int, of_samples: int, of_others: int, mirrored: bool, generator: torch.Generator) -> Draw:
+    """Pictures of random prompts, samples and others, recoloured, shifted and perhaps mirrored, with what then holds
+    of them."""
+    split = len(samples.SETTINGS)
+    p = torch.randint(len(bank.metas), (groups,), generator=generator)
+    some = torch.rand(groups, split, generator=generator).argsort(1)[:, :of_samples]
+    others = split + torch.rand(groups, len(DRAWN), generator=generator).argsort(1)[:, :of_others]
+    k = torch.cat([some, others], 1)
+    order = torch.rand(groups, len(world.COLORS), generator=generator).argsort(1)
+    texts = [rename(bank.metas[i]["prompt"], o) for i, o in zip(p.tolist(), order.tolist(), strict=True)]
+    order = order.repeat_interleave(k.shape[1], 0)
+    pictures = recolour(bank.images[p[:, None], k].flatten(0, 1).float(), order)
+    found = bank.found[p[:, None], k].flatten(0, 1).long()
+    pictures, found = shift(pictures, found, torch.rand(len(pictures), 2, generator=generator))
+    if mirrored:
+        pictures, found, texts = pictures.flip(-1), found.flip(-1), [mirror(t) for t in texts]
+    counts = bank.counts[p[:, None], k].flatten(0, 1)
+    by_color = counts[:, :-1].unflatten(1, (len(world.SHAPES), -1))
+    by_color = by_color.gather(2, order.argsort(1)[:, None].expand_as(by_color))
+    counts = torch.cat([by_color.flatten(1), counts[:, -1:]], 1)
+    return Draw(texts, pictures, bank.scores[p[:, None], k], found, counts)
+
+
 def near_miss(objects: Sequence[Object], rng: random.Random) -> list[Object]:
     """The scene with one thing wrong: a colour, a shape, a number, or places swapped."""
     result = list(objects)
