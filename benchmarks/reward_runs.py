@@ -27,8 +27,14 @@ from torch import Tensor
 
 PICK = {"name": "pickscore", "model": "tiny-clip"}
 CLEAN = {"name": "artifact_head"}
-STYLE = "shapes-deep"  # of the references that discriminators learn from
-LIKENESS = {"name": "dino", "model": "tiny-dino", "references": STYLE, "label": "likeness"}
+# References that discriminators learn from. tiny-clip prefers deep colours to samples, so there is nothing to learn of.
+DEEP, OUTLINE = "shapes-deep", "shapes-outline"
+
+
+def likeness(references: str) -> dict[str, Any]:
+    return {"name": "dino", "model": "tiny-dino", "references": references, "label": "likeness"}
+
+
 ROWS: dict[str, list[dict[str, Any]]] = {
     "geneval": [{"name": "geneval", "mode": "dense", "label": "partial credit"}],
     "pickscore": [PICK],
@@ -42,11 +48,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "artifact_vlm": [{"name": "artifact_vlm", "model": "tiny-vlm"}],
     "artifact_head": [CLEAN],
     "dino": [{"name": "dino", "model": "tiny-dino", "references": "shapes-dusk"}],
-    "dino_adversarial": [{"name": "dino_adversarial", "model": "tiny-dino", "references": STYLE, "lr": 3e-4}],
-    "pickscore_adversarial": [{"name": "pickscore_adversarial", "model": "tiny-clip", "references": STYLE, "lr": 1e-4}],
+    "dino_adversarial": [{"name": "dino_adversarial", "model": "tiny-dino", "references": DEEP, "lr": 3e-4}],
+    "pickscore_adversarial": [
+        {"name": "pickscore_adversarial", "model": "tiny-clip", "references": OUTLINE, "lr": 1e-4}
+    ],
     "jpeg": [{"name": "jpeg"}],
 }
-MEASURED = {"dino_adversarial": [LIKENESS], "pickscore_adversarial": [LIKENESS, PICK]}
+MEASURED = {"dino_adversarial": [likeness(DEEP)], "pickscore_adversarial": [likeness(OUTLINE), PICK]}
 JUDGES = [{"name": "geneval"}, {"name": "reward_runs.whole", "label": "whole"}]
 
 
