@@ -61,6 +61,7 @@ class Problem:
         move: another transition than the kernel's, such as an exact chain.
         preview: scores predictions of unfinished states in place of `judge`.
         watch: sees every step; what it returns replaces the states.
+        about: all else that decides the images, as JSON: prompt, rewards, model, arguments. Saved trees are told by it.
     """
 
     oracle: Oracle
@@ -75,6 +76,8 @@ class Problem:
     move: Move | None = None
     preview: Judge | None = None
     watch: Callable[[Watched], Tensor | None] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    best: float | None = None  # highest score so far, for people
     spent: Spent = field(default_factory=lambda: Spent(Clock()))
 
     @property
@@ -123,7 +126,9 @@ class Problem:
     def columns(self, x0: Tensor, i: int, some: bool = True) -> Tensor:
         """[n, R] likewise, the rewards apart; NaN in one is -inf in all, for such a sample cannot be chosen."""
         scores = torch.cat([self._judged(part, i) for part in x0.split(self.micro_batch)])
-        return self.checked(scores, i) if some else _without_nan(scores)
+        known = self.checked(scores, i) if some else _without_nan(scores)
+        self._remember(known)
+        return known
 
     def differentiate(self, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x0, eps, scores [n] float64, d score / d x [n, ...]) through model and decoder; NaN gradients are 0."""
@@ -142,7 +147,9 @@ class Problem:
         self.spent.nfe += len(x) * self.oracle.cost
         self.spent.gradients += len(x) * self.oracle.cost
         x0, eps, scores, slope = (torch.cat(p) for p in zip(*parts, strict=True))
-        return x0, eps, self.checked(scores[:, None], i).sum(1), slope
+        known = self.checked(scores[:, None], i)
+        self._remember(known)
+        return x0, eps, known.sum(1), slope
 
     def advance(self, x: Tensor, x0: Tensor, eps: Tensor, i: int, generators: Sequence[torch.Generator]) -> Step:
         """The transition from step i to i + 1, with fresh noise from each generator."""
@@ -163,7 +170,8 @@ class Problem:
         """The states to go on from after step i, which `watch` may have replaced."""
         if self.watch is None:
             return x
-        replaced = self.watch(Watched(i, x, x0, row or {}))
+        known = {} if self.best is None else {"best": self.best}
+        replaced = self.watch(Watched(i, x, x0, {**known, **(row or {})}))
         return x if replaced is None else replaced
 
     def noisy(self) -> list[int]:
@@ -189,6 +197,11 @@ class Problem:
         self.spent.decodes += len(x0)
         self.spent.reward_calls += len(x0)
         return scores.double().cpu().reshape(len(x0), -1)
+
+    def _remember(self, scores: Tensor) -> None:
+        highest = float(scores.sum(1).max())
+        if highest > -torch.inf:
+            self.best = highest if self.best is None else max(self.best, highest)
 
     def checked(self, scores: Tensor, i: int) -> Tensor:
         """Scores [n, R] with -inf for NaN. Raises UserError when no sample has one."""
