@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +20,10 @@ class Method(BaseModel):
 
     name: str
     """The method's file name, or the dotted path of your own class."""
+
+    def changed(self, options: Sequence[str]) -> list[str]:
+        """Those of `options` that are not at their default; a saved configuration names the others as well."""
+        return [option for option in options if dict(self)[option] != type(self).model_fields[option].default]
 
 
 M = TypeVar("M", bound=Method)

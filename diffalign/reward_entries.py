@@ -11,7 +11,7 @@ import yaml
 from diffalign.rewards import Reward, resolve
 from diffalign.types import UserError
 
-WEIGHT = r"[-+]?(\d+\.?\d*|\.\d+)"
+WEIGHT = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 HELP = (
     "names with weights or options, such as pickscore:1,jpeg:0.5 or 'pickscore:0.5,model=tiny-clip,scale=raw', or one "
     "in YAML, such as '{name: jpeg, quality: 80}'; may be repeated"
@@ -48,7 +48,7 @@ def parse_fixed(texts: Sequence[str]) -> list[Reward]:
 
 def _entries(text: str) -> Iterator[dict[str, Any]]:
     if text.lstrip().startswith("{"):
-        entry = _value(text)
+        entry = yaml_value(text)
         if not isinstance(entry, dict):
             raise UserError(f"--reward {text!r} is no YAML mapping; write it as '{{name: jpeg, quality: 80}}'")
         yield entry
@@ -71,13 +71,13 @@ def _entries(text: str) -> Iterator[dict[str, Any]]:
                 raise UserError(
                     f"--reward {text!r}: {part!r} is no option; write OPTION=VALUE, or a weight, after the colon"
                 )
-            entry[option.strip()] = _value(value)
+            entry[option.strip()] = yaml_value(value)
     if entry:
         yield entry
 
 
-def _value(text: str) -> Any:
+def yaml_value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--reward: {text!r} is no YAML value; put it in quotes") from error
+        raise UserError(f"{text!r} is no YAML value; put it in quotes") from error

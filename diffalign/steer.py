@@ -13,17 +13,24 @@ from torch import Tensor
 
 from diffalign.clock import Clock
 from diffalign.images import to_pixels
-from diffalign.rewards import FunctionReward, Reward, Scorer, build, shaped
-from diffalign.rewards import resolve as resolve_reward
+from diffalign.rewards import build
 from diffalign.steering import Lineage, Oracle, Outcome, Steering, parse_kernel, resolve
+from diffalign.steering._inputs import (
+    Preview,
+    RewardLike,
+    check_prompt,
+    judge,
+    previewed,
+    rewards_of,
+    seeded,
+    suit,
+    told,
+    watching,
+)
 from diffalign.steering._native import Native
-from diffalign.steering._problem import Judge, Problem, Spent, Watched
-from diffalign.steering._resampling import normalised
+from diffalign.steering._problem import Problem, Spent
 from diffalign.steering._tuning import PILOTED, default_kernel, noisy_steps, selected, tuned, warnings
 from diffalign.types import UserError
-
-Preview = Callable[[Tensor, Sequence[str], float], Tensor]
-RewardLike = str | Reward | Mapping[str, Any] | Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,12 @@ class Steer:
         self.method = resolve(method)
         self.kernel = None if kernel is None else parse_kernel(kernel)
         self.window = window
+        if micro_batch < 1:
+            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
         self.micro_batch = micro_batch
         self.preview = preview
         wanted = rewards_of(reward)
-        _suit(self.method, wanted)
+        suit(self.method, wanted)
         self.scorers = build(wanted, self.pipeline.device)
 
     def __call__(
@@ -124,10 +133,10 @@ class Steer:
         """
         problem = self.problem(prompt, num_inference_steps, generator, metadata, index, arguments)
         if callback_on_step_end is not None:
-            problem.watch = _watching(self, problem, callback_on_step_end)
-        method, said = tuned(self.method, [problem])
+            problem.watch = watching(self, problem, callback_on_step_end)
+        method, said, pilot = tuned(self.method, [problem])
         outcome = method.run(problem)
-        return self.finished(method, problem, outcome, prompt, said)
+        return self.finished(method, problem, outcome, prompt, said, pilot)
 
     def using(self, method: Steering, kernel: str | None = None) -> Steer:
         """The same model and rewards with another method, and its default kernel if none is given."""
@@ -139,16 +148,15 @@ class Steer:
 
     def calibrated(
         self, prompts: Sequence[Mapping[str, Any]], steps: int, seed: int, arguments: Mapping[str, Any]
-    ) -> tuple[Steering, int]:
-        """The method with lam set for a list of prompts, and the network forwards that took; see `tuned`."""
+    ) -> tuple[Steering, list[str], int]:
+        """The method with lam set for a list of prompts; see :func:`diffalign.steering._tuning.tuned`."""
         if dict(self.method).get("lam") != "auto":
-            return self.method, 0
+            return self.method, [], 0
         problems = [
             self.problem(str(m["prompt"]), steps, seed, m, index, arguments)
             for index, m in enumerate(prompts[:PILOTED])
         ]
-        method, said = tuned(self.method, problems)
-        return method, sum(p.spent.nfe for p in problems)
+        return tuned(self.method, problems)
 
     def problem(
         self,
@@ -160,15 +168,14 @@ class Steer:
         arguments: Mapping[str, Any],
     ) -> Problem:
         """What the method will work on; encodes the prompt."""
-        if not prompt.strip():
-            raise UserError("the prompt is empty; write what the image should show")
+        check_prompt(prompt)
         if steps < 1:
             raise UserError(f"sampling needs at least one step, got {steps}")
         spent = Spent(Clock(self.pipeline.device))
         oracle = bound(self.pipeline, prompt, steps, arguments)
         kernel, eta = self.kernel or default_kernel(self.method, oracle)
-        entry = {**(metadata or {}), "prompt": prompt}
-        seed, own = _seeded(generator)
+        entry: dict[str, Any] = {**(metadata or {}), "prompt": prompt}
+        seed, own = seeded(generator)
         return Problem(
             oracle=oracle,
             judge=judge(self.scorers, prompt, entry),
@@ -179,18 +186,33 @@ class Steer:
             prompt=index,
             micro_batch=self.micro_batch,
             own=own,
-            preview=None if self.preview is None else _previewed(self.preview, prompt),
+            preview=None if self.preview is None else previewed(self.preview, prompt),
+            about={
+                "metadata": told(entry),
+                "rewards": [told(dict(scorer.reward)) for scorer in self.scorers.values()],
+                "model": told(self.pipeline.source),
+                "arguments": told(dict(arguments)),
+            },
             spent=spent,
         )
 
     def finished(
-        self, method: Steering, problem: Problem, outcome: Outcome, prompt: str, said: Sequence[str] = ()
+        self,
+        method: Steering,
+        problem: Problem,
+        outcome: Outcome,
+        prompt: str,
+        said: Sequence[str] = (),
+        pilot: int = 0,
     ) -> Steered:
-        """Selects, orders and decodes what a method found."""
+        """Selects, orders and decodes what a method found; `pilot` network forwards set lam before."""
         order = selected(method, outcome, problem)
         x = outcome.x[order.to(outcome.x.device)]
         with problem.spent.clock("decode"), torch.no_grad():
             pixels = torch.cat([problem.oracle.decode(part).float().cpu() for part in x.split(problem.micro_batch)])
+        weights = outcome.log_weights[order].exp()
+        # the best image alone may have no weight at all, as in a tree search
+        weights = weights / weights.sum() if float(weights.sum()) > 0 else torch.full_like(weights, 1 / len(weights))
         roots: dict[int, int] = {}
         leaves = [outcome.leaves[k] for k in order.tolist()]
         spent = problem.spent
@@ -199,7 +221,7 @@ class Steer:
             pixels=pixels,
             latents=x,
             rewards=outcome.rewards[order],
-            weights=normalised(outcome.log_weights[order]).exp(),
+            weights=weights,
             log_z=outcome.log_z,
             ancestors=[roots.setdefault(outcome.lineage.root(leaf), len(roots)) for leaf in leaves],
             lineage=outcome.lineage,
@@ -207,55 +229,11 @@ class Steer:
             history=outcome.history,
             method=method,
             seed=problem.seed,
-            nfe=spent.nfe,
+            nfe=spent.nfe + pilot,
             reward_calls=spent.reward_calls,
             seconds={**spent.clock.seconds, "total": spent.elapsed},
-            warnings=[*said, *warnings(outcome.history, problem.steps)],
+            warnings=[*said, *warnings(problem, outcome.history)],
         )
-
-
-def rewards_of(reward: RewardLike | Sequence[RewardLike]) -> list[Reward]:
-    """The configuration of each reward; loads no weights."""
-    entries = reward if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
-    if not entries:
-        raise UserError("steering needs at least one reward")
-    return [_function(e) if callable(e) and not isinstance(e, Reward) else resolve_reward(e) for e in entries]
-
-
-def _function(function: Any) -> Reward:
-    reward = FunctionReward(name=function.__name__)
-    reward._function = function
-    return reward
-
-
-def _suit(method: Steering, rewards: Sequence[Reward]) -> None:
-    for reward in rewards:
-        if reward.learns:
-            raise UserError(f"'{reward.key}' is trained during a run and scores nothing without one; leave it out")
-        unknown = isinstance(reward, FunctionReward)  # its first gradient tells
-        if method.differentiates and not (reward.differentiable or unknown):
-            raise UserError(
-                f"steering '{method.name}' follows the reward's gradient, and '{reward.key}' has none; take fk, or a "
-                "differentiable reward such as pickscore"
-            )
-
-
-def judge(scorers: Mapping[str, Scorer], prompt: str, metadata: Mapping[str, Any]) -> Judge:
-    """Weighted scores [n, R] of images of one prompt."""
-
-    def judged(images: Tensor, sigma: float) -> Tensor:
-        prompts, entries = [prompt] * len(images), [metadata] * len(images)
-        columns = []
-        for scorer in scorers.values():
-            scores = scorer(images, prompts, entries).scores
-            columns.append(scorer.reward.weight * shaped(scorer.reward, scores))
-        return torch.stack(columns, 1)
-
-    return judged
-
-
-def _previewed(preview: Preview, prompt: str) -> Judge:
-    return lambda images, sigma: preview(images, [prompt] * len(images), sigma)
 
 
 def bound(pipeline: Any, prompt: str, steps: int, arguments: Mapping[str, Any]) -> Oracle:
@@ -274,24 +252,3 @@ def _steerable(pipeline: Any) -> Any:
     from diffalign.pipelines.any import AnyPipeline
 
     return AnyPipeline(pipeline) if isinstance(pipeline, DiffusionPipeline) else pipeline
-
-
-def _seeded(
-    generator: int | torch.Generator | Sequence[torch.Generator] | None,
-) -> tuple[int, Sequence[torch.Generator] | None]:
-    """(seed, generators of the particles if the caller brings them)."""
-    if isinstance(generator, int):
-        return generator, None
-    if generator is None or isinstance(generator, torch.Generator):
-        device = "cpu" if generator is None else generator.device
-        return int(torch.randint(1 << 31, (), generator=generator, device=device)), None
-    return 0, generator
-
-
-def _watching(steer: Steer, problem: Problem, callback: Callable[..., Any]) -> Callable[[Watched], Tensor | None]:
-    def watch(seen: Watched) -> Tensor | None:
-        told = {"latents": seen.x, "x0": seen.x0, "rewards": None, "log_weights": None, "ess": None, **seen.row}
-        answer = callback(steer, seen.step, float(problem.oracle.sigmas[seen.step]), told)
-        return None if answer is None else answer.get("latents")
-
-    return watch

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,40 +44,53 @@ class Job:
     compare: Sequence[str]
     judges: Mapping[str, Scorer]
     arguments: Mapping[str, Any]
+    judged_at_once: int = 8
 
 
-def prepare(
+def finished(
     folder: Path, settings: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], resume: bool
 ) -> list[dict[str, Any]]:
-    """Lines that are done; makes the folder. `settings` is all that decides the images, as JSON.
+    """Lines that are done. `settings` is all that decides the images, as JSON; nothing is written.
 
     Raises UserError for a folder with other content, or a run of other settings or prompts.
     """
-    lines: list[dict[str, Any]] = []
     note = folder / SETTINGS
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not resume:
-            raise UserError(f"'{folder}' is not empty; name a new folder, or go on in this one with --resume")
-        if not note.is_file():
-            raise UserError(f"'{folder}' holds no {SETTINGS}, so it is no steering run; name a new folder")
-        before = json.loads(note.read_text("utf-8"))
-        other = [k for k in settings if before.get(k) != settings[k]]
-        if other:
-            raise UserError(
-                f"the run in '{folder}' had {other[0]} {before.get(other[0])!r}, not {settings[other[0]]!r}; "
-                "give the same, or name a new folder"
-            )
-        lines = list(_complete(folder / LINES))
-        texts = [str(m["prompt"]) for m in prompts]
-        strange = [r for r in lines if r["index"] >= len(texts) or r["prompt"] != texts[r["index"]]]
-        if strange:
-            raise UserError(f"the run in '{folder}' had other prompts, such as {strange[0]['prompt']!r}; give the same")
-    with writing_to(folder):
-        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        known = json.loads(note.read_text("utf-8")) if note.is_file() else settings
-        _note(folder, {**known, "prompts": len(prompts)})
-        put(folder / LINES, "".join(_line(r) for r in lines))  # a killed run leaves half a line
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return []
+    if not resume:
+        raise UserError(f"'{folder}' is not empty; name a new folder, or go on in this one with --resume")
+    if not note.is_file():
+        raise UserError(f"'{folder}' holds no {SETTINGS}, so it is no steering run; name a new folder")
+    before = _settings(folder)
+    other = [k for k in settings if before.get(k) != settings[k]]
+    if other:
+        raise UserError(
+            f"the run in '{folder}' had {other[0]} {before.get(other[0])!r}, not {settings[other[0]]!r}; "
+            "give the same, or name a new folder"
+        )
+    lines = list(_complete(folder / LINES))
+    texts = [str(m["prompt"]) for m in prompts]
+    strange = [r for r in lines if r["index"] >= len(texts) or r["prompt"] != texts[r["index"]]]
+    if strange:
+        raise UserError(f"the run in '{folder}' had other prompts, such as {strange[0]['prompt']!r}; give the same")
     return lines
+
+
+def begin(job: Job, settings: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> None:
+    """Make the folder, or clear away what a killed run left in it."""
+    with writing_to(job.folder):
+        (job.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        known = _settings(job.folder) if (job.folder / SETTINGS).is_file() else settings
+        _note(job.folder, {**known, "prompts": len(job.prompts)})
+        put(job.folder / LINES, "".join(_line(r) for r in done))  # a killed run leaves half a line
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads((folder / SETTINGS).read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{folder / SETTINGS}' is damaged; steer into a new folder") from error
+    return known
 
 
 def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
@@ -86,9 +99,9 @@ def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
     try:
         with tqdm(total=total, initial=len(lines), disable=not sys.stderr.isatty(), unit="prompt") as bar:
             bar.set_description("finding lam" if dict(steer.method).get("lam") == "auto" else None)
-            steer = _with_strength(job, steer)
+            steer, share = _with_strength(job, steer)
             for index in sorted(set(range(total)) - {line["index"] for line in lines}):
-                lines.append(one(job, steer, index, bar))
+                lines.append(one(job, steer, share, index, bar))
                 with writing_to(job.folder), open(job.folder / LINES, "a", encoding="utf-8") as file:
                     file.write(_line(lines[-1]))
                     file.flush()
@@ -101,23 +114,25 @@ def run(job: Job, steer: Steer, done: Sequence[dict[str, Any]]) -> None:
                 steering_report.write(job.folder)
         raise
     print(table(lines))
-    for said in sorted({said for line in lines for said in line["arms"][steer.method.name]["warnings"]}):
-        print(f"note: {said}")
+    said = {said for line in lines for said in line["arms"][steer.method.name]["warnings"]}
+    for sentence in [*_settings(job.folder).get("lam_notes", []), *sorted(said)]:
+        print(f"note: {sentence}")
     with writing_to(job.folder):
         page = steering_report.write(job.folder)
     print(f"{total} prompt{'s' * (total > 1)} in {job.folder}; see {page}")
 
 
-def _with_strength(job: Job, steer: Steer) -> Steer:
-    """The steering with lam set; a resumed run takes what was found before."""
+def _with_strength(job: Job, steer: Steer) -> tuple[Steer, int]:
+    """The steering with lam set, and each prompt's share of the forwards that took; a resumed run knows both."""
     if dict(steer.method).get("lam") != "auto":
-        return steer
-    known = json.loads((job.folder / SETTINGS).read_text("utf-8"))
+        return steer, 0
+    known = _settings(job.folder)
     if "lam" not in known:
-        method, spent = steer.calibrated(job.prompts, job.steps, job.seed, job.arguments)
-        known |= {"lam": dict(method)["lam"], "lam_nfe": spent}
+        method, said, spent = steer.calibrated(job.prompts, job.steps, job.seed, job.arguments)
+        known |= {"lam": dict(method)["lam"], "lam_nfe": spent, "lam_notes": said}
         _note(job.folder, known)
-    return steer.using(steer.method.model_copy(update={"lam": known["lam"]}))
+    share = math.ceil(known["lam_nfe"] / len(job.prompts))
+    return steer.using(steer.method.model_copy(update={"lam": known["lam"]})), share
 
 
 def _note(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -125,8 +140,8 @@ def _note(folder: Path, settings: Mapping[str, Any]) -> None:
         put(folder / SETTINGS, json.dumps(dict(settings), ensure_ascii=False, indent=1) + "\n")
 
 
-def one(job: Job, steer: Steer, index: int, bar: Any) -> dict[str, Any]:
-    """Every arm of one prompt: its images on the disk, its numbers as a line of run.jsonl."""
+def one(job: Job, steer: Steer, share: int, index: int, bar: Any) -> dict[str, Any]:
+    """Every arm of one prompt: its images on the disk, its numbers as a line of run.jsonl. `share` forwards set lam."""
     metadata = job.prompts[index]
     prompt = str(metadata["prompt"])
 
@@ -142,8 +157,9 @@ def one(job: Job, steer: Steer, index: int, bar: Any) -> dict[str, Any]:
 
         return chosen(prompt, job.steps, job.seed, metadata, index, tell, **job.arguments)
 
-    found = {steer.method.name: make(steer.method.name, steer)}
-    cost = found[steer.method.name].nfe
+    steered = make(steer.method.name, steer)
+    cost = steered.nfe + share
+    found = {steer.method.name: replace(steered, nfe=cost)}
     if "base" in job.compare:
         found["base"] = make("base", steer.using(resolve({"name": "best_of_n", "particles": 1}), "ode"))
     if "bon" in job.compare:
@@ -160,7 +176,7 @@ def _arm(job: Job, index: int, name: str, steered: Steered, metadata: Mapping[st
         for file, image in zip(files, steered.pixels, strict=True):
             save_png(image, job.folder / IMAGES / file)
     n = len(files)
-    outputs = score(job.judges, steered.pixels, [steered.prompt] * n, [metadata] * n, n) if job.judges else {}
+    outputs = score(job.judges, steered.pixels, [steered.prompt] * n, [metadata] * n, job.judged_at_once)
     lineage = steered.lineage
     return {
         "images": [f"{IMAGES}/{file}" for file in files],

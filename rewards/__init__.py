@@ -51,10 +51,6 @@ class Reward(Method):
     def key(self) -> str:
         return self.label or self.name.rpartition(".")[2]
 
-    def changed(self, options: Sequence[str]) -> list[str]:
-        """Those of `options` that are not at their default; a saved configuration names the others as well."""
-        return [option for option in options if dict(self)[option] != type(self).model_fields[option].default]
-
     def setup(self, device: torch.device | str) -> Head:
         """Load what the head needs and return the function that scores; called once a run."""
         return self

@@ -17,3 +17,7 @@ def redness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
         scored = 0
         raise KeyboardInterrupt
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def constant(images: Tensor, prompts: Any, metadata: Any) -> list[float]:
+    return [1.0] * len(images)

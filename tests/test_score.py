@@ -34,6 +34,7 @@ ROOT = Path(diffalign.__file__).parent.parent
         (["jpeg", "jpeg:label=fine,quality=99"], [{"name": "jpeg"}, {"name": "jpeg", "label": "fine", "quality": 99}]),
         (["{name: jpeg, label: 'a,b:c=d'}"], [{"name": "jpeg", "label": "a,b:c=d"}]),
         (["jpeg:1,geneval:.5,mode=dense"], [{"name": "jpeg", "weight": 1.0}, {"name": "geneval", "weight": 0.5, "mode": "dense"}]),
+        (["jpeg:1e-1"], [{"name": "jpeg", "weight": 0.1}]),
         ([" jpeg , geneval:mode = dense,"], [{"name": "jpeg"}, {"name": "geneval", "mode": "dense"}]),
     ],
 )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -299,6 +301,21 @@ def test_bad_input(tiny: Any) -> None:
         {**fk, "resample_at": [2]},
         lambda i, *_: [float("nan")] * len(i),
     )
+    refused("no span of steps 0 to 5", fk, window=(50, 60))
+    refused("no span of steps 0 to 5", fk, window=(2, 0))
+    refused("a window has no effect", {"name": "best_of_n"}, window=(0, 2))
+    refused("micro_batch must be at least 1, got 0", fk, micro_batch=0)
+    refused("give one prompt at a time", fk, prompt=[PROMPT])
+    refused("is no text; write it in UTF-8", fk, prompt="caf\udce9")
+    refused("negative_prompt has no effect at guidance 1", fk, call={"negative_prompt": "blue"})
+    refused("similarity does not apply to random", {"name": "noise_search", "algorithm": "random", "similarity": 0.5})
+    refused("repeats does not apply to paths", {"name": "noise_search", "algorithm": "paths", "repeats": 2})
+    refused("gave an infinite score", {**fk, "resample_at": [2]}, lambda i, *_: [float("inf")] * len(i))
+    with pytest.raises(UserError, match="a seed must be 0 or more, got -1"):
+        Steer(tiny, redness, fk)(PROMPT, STEPS, -1)
+    for answer in (torch.zeros(1), {"latents": torch.zeros(1, 2)}, {"x0": None}):
+        with pytest.raises(UserError, match=r"callback_on_step_end must return None or"):
+            Steer(tiny, redness, fk)(PROMPT, STEPS, 0, callback_on_step_end=lambda *_, a=answer: a)
     refused("prune keeps 1 times; say at which steps", {"name": "prune", "keep": [0.5]})
     refused("must be 2 rising steps", {"name": "prune", "keep": [0.5, 0.5], "at": [3, 2]})
     refused("take forth below back", {"name": "noise_search", "algorithm": "paths", "back": 2, "forth": 2})
@@ -315,7 +332,44 @@ def test_a_nan_costs_its_particle_alone(tiny: Any) -> None:
     assert float(out.weights.sum()) == pytest.approx(1) and out.log_z is not None
 
 
+def test_any_callable_is_a_reward(tiny: Any) -> None:
+    partial = functools.partial(redness, metadata=None)
+    out = Steer(tiny, [lambda i, p, m: redness(i, p, m), lambda i, p, m: partial(i, p)], {"name": "best_of_n"})
+    plain = run(tiny, {"name": "best_of_n"})
+    torch.testing.assert_close(out(PROMPT, STEPS, np.int64(0)).rewards, 2 * plain.rewards)
+
+
+def test_ranks_decide_when_asked_to(tiny: Any) -> None:
+    """One reward is a thousand times the other: their sum follows it alone, ranks follow both."""
+    rewards = [{"name": "jpeg", "weight": 1000.0}, redness]
+    method = {"name": "prune", "particles": 8, "keep": [1.0], "at": [3], "select": "best"}
+    ranked = Steer(tiny, rewards, {**method, "combine": "rank"})(PROMPT, STEPS, 0)
+    columns = [
+        Steer(tiny, reward, {"name": "best_of_n", "particles": 8})(PROMPT, STEPS, 0) for reward in ("jpeg", redness)
+    ]
+    place = {float(image.sum()): [0, 0] for image in columns[0].pixels}
+    for k, column in enumerate(columns):
+        for rank, image in enumerate(column.pixels.flip(0)):
+            place[min(place, key=lambda s: abs(s - float(image.sum())))][k] = rank
+    best = max(sum(ranks) for ranks in place.values())
+    chosen = place[min(place, key=lambda s: abs(s - float(ranked.pixels[0].sum())))]
+    assert sum(chosen) == best
+
+
+def test_the_best_image_alone_has_all_the_weight(tiny: Any) -> None:
+    """Also where the tree's greedy walk ends at another leaf."""
+    method = {"name": "dts_star", "rollouts": 6, "lam": 30.0, "select": "best"}
+    for seed in range(4):
+        assert Steer(tiny, redness, method)(PROMPT, 4, seed).weights.tolist() == [1.0]
+
+
+def test_best_of_n_fills_a_budget(tiny: Any) -> None:
+    assert len(run(tiny, {"name": "best_of_n", "budget_nfe": 3 * STEPS + 1}).pixels) == 3
+    both = run(tiny, {"name": "best_of_n", "budget_nfe": 2 * STEPS, "budget_seconds": 600.0})
+    assert len(both.pixels) == 2 and both.nfe == 2 * STEPS
+
+
 def test_warnings(tiny: Any) -> None:
-    out = run(tiny, {"name": "fk", "particles": 8, "lam": 1e5, "resample_at": [1, 2]})
+    out = run(tiny, {"name": "fk", "particles": 8, "lam": 1e5, "resample_at": [1, 2], "temper": "none"})
     assert "fewer than 1.5 particles were effective at step 1" in out.warnings[0]
     assert "all particles descend from one noise at step 1, before half way" in out.warnings[1]

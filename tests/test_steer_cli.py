@@ -62,12 +62,14 @@ def test_what_is_written(whole: Path) -> None:
             assert Image.open(whole / file).size == (64, 64)
             assert set(arm["judges"]) == {"geneval", "jpeg"}
         fk, base, bon = (line["arms"][name] for name in ("fk", "base", "bon"))
-        assert (fk["nfe"], base["nfe"], bon["nfe"]) == (15, 5, 15)
+        # 3 particles and 5 steps, and a third of the pilot: 8 samples of each prompt; best of N gets the same
+        assert (fk["nfe"], base["nfe"], bon["nfe"]) == (15 + 40, 5, 15 + 40)
         assert bon["rewards"][0] >= base["rewards"][0]
         assert fk["history"][-1]["step"] == 5 and fk["lineage"]["parent"][:3] == [None] * 3
     assert found[0]["arms"]["base"]["judges"]["geneval"][0] in (0.0, 1.0)
     assert found[2]["arms"]["base"]["judges"]["geneval"] == [None]  # no prompt of the world: does not apply
     settings = json.loads((whole / "steer.json").read_text())
+    assert settings["lam_nfe"] == 3 * 40
     assert settings["lam"] == found[0]["arms"]["fk"]["method"]["lam"] > 0
     assert {p.name for p in whole.iterdir()} == {"steer.json", "run.jsonl", "images", "report.html", "contact.png"}
 
@@ -144,7 +146,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
     assert steer(tmp_path / "none", "--particles", "3", "--dry-run") == 0
     said = capsys.readouterr().out
     fk = lines(whole)[0]["arms"]["fk"]
-    assert f"network forwards  {fk['nfe']} (3 plain images)" in said
+    assert f"network forwards  {fk['nfe'] - 40} (3 plain images)" in said and "for lam  40 forwards" in said
     assert f"images scored     {fk['reward_calls']}" in said
     assert "GiB of weights" in said
     assert not (tmp_path / "none").exists()
@@ -156,6 +158,33 @@ def test_the_methods_and_their_options_are_listed(capsys: pytest.CaptureFixture[
     for name in ("best_of_n: ", "fk: ", "das: ", "svdd: ", "dts: ", "dts_star: ", "noise_search: ", "prune: "):
         assert f"\n{name}" in f"\n{said}"
     assert "  particles = 8: K, images" in said
+
+
+def test_a_mistake_in_the_model_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert steer(tmp_path / "out", "--model", "tiny-sd4", prompts=["a star"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_note_of_settings(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "steer.json").write_text("{")
+    assert steer(folder, "--resume") == 2
+    assert "steer.json' is damaged; steer into a new folder" in capsys.readouterr().err
+
+
+def test_without_a_folder_the_next_free_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("steer", "steer-2"):
+        assert main([*BASE, "--prompt", "a star", "--method", "best_of_n:particles=1", "--compare", "none"]) == 0
+        assert (tmp_path / "runs" / name / "report.html").is_file()
+
+
+def test_a_pilot_without_spread_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--reward", "steer_rewards.constant", "--particles", "2", "--compare", "none"]
+    base = [word for word in BASE if word not in ("--reward", REWARD)]
+    assert main([*base, "--prompt", "a star", "--out", str(tmp_path / "out"), *options]) == 0
+    assert "note: all 8 plain samples of the pilot score alike, so lam is 10" in capsys.readouterr().out
 
 
 def test_a_fine_tuned_model_is_steered(tmp_path: Path) -> None:
@@ -198,6 +227,10 @@ def test_a_fine_tuned_model_is_steered(tmp_path: Path) -> None:
         (["--model", "tiny-sd4"], "model folder 'tiny-sd4' does not exist"),
         (["--lora", "nowhere"], "LoRA folder 'nowhere' does not exist"),
         (["--guidance", "0.5"], "guidance must be at least 1"),
+        (["--method", "fk:particles=[1"], "'[1' is no YAML value"),
+        (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+        (["--dry-run", "--reward", "nope"], "unknown reward 'nope'"),
+        (["--dry-run", "--compare", "foo"], "--compare knows base, bon and none"),
         (["--micro-batch", "0"], "--micro-batch must be at least 1"),
     ],
 )

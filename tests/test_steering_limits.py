@@ -121,7 +121,7 @@ def test_everything_of_a_particle_moves_with_it(method: Steering) -> None:
 
     def watch(seen: Watched) -> None:
         assert oracle.last is not None
-        if not seen.row:  # at sigma 1 all predictions are alike
+        if "rewards" not in seen.row:  # at sigma 1 all predictions are alike
             return
         before = oracle.last.clone().requires_grad_()  # the particles before they were copied
         x0, _ = TOY.predict(before, oracle.sigmas[seen.step])
@@ -155,7 +155,7 @@ def test_potentials_are_the_papers(potential: Any, log_weight: Callable[[Tensor]
     rewards: list[Tensor] = []
 
     def watch(seen: Watched) -> None:
-        if seen.row:
+        if "rewards" in seen.row:
             rewards.append(2.0 * seen.row["rewards"])
             torch.testing.assert_close(seen.row["log_weights"], log_weight(torch.stack(rewards)))
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from diffalign import prompts, reward_entries
 from diffalign.commands import _common
@@ -49,11 +48,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         help="base: one plain image; bon: best of N at the same cost; or none (default base,bon)",
     )
-    parser.add_argument("--out", metavar="DIR", help="a new folder, or one to go on in with --resume")
+    parser.add_argument(
+        "--out", metavar="DIR", help="a new folder, or one to go on in with --resume; default runs/steer"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the prompts that are done in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what a prompt would cost, and stop")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default 20)")
-    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the model's own)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="guidance scale; default 1 for SD3 and 3.5, which is none, and the pipeline's own for others",
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT")
     parser.add_argument("--height", type=int, metavar="PX", help="default: what the model was trained at")
     parser.add_argument("--width", type=int, metavar="PX")
@@ -69,26 +75,23 @@ def run(args: argparse.Namespace) -> None:
     if args.list_methods:
         print("\n".join(described(name, summary) for name, summary in summaries("diffalign.steering").items()))
         return
-    method = chosen_method(args)
+    for option, value in (("steps", args.steps), ("micro-batch", args.micro_batch), ("first", args.first)):
+        if value is not None and value < 1:
+            raise UserError(f"steer: --{option} must be at least 1, got {value}")
+    if args.seed < 0:
+        raise UserError(f"steer: --seed must be 0 or more, got {args.seed}")
+    method, compare = chosen_method(args), chosen_comparison(args)
+    rewards = reward_entries.parse_fixed(args.reward) if args.reward else []
+    judges = reward_entries.parse_fixed(args.judge) if args.judge else []
+    spent = rehearsed(args, method)  # finds what does not fit before anything is loaded or written
     if args.dry_run:
-        dry_run(args, method)
+        _common.quiet()
+        dry_run(args, method, spent)
         return
-    for option in ("model", "reward", "out"):
+    for option in ("model", "reward"):
         if getattr(args, option) is None:
             raise UserError(f"steer: --{option} is missing; add it, or see `diffalign steer --help`")
-    for option, value in (
-        ("steps", args.steps),
-        ("micro-batch", args.micro_batch),
-        ("first", 1 if args.first is None else args.first),
-    ):
-        if value < 1:
-            raise UserError(f"steer: --{option} must be at least 1, got {value}")
-    rewards = reward_entries.parse_fixed(args.reward)
-    judges = reward_entries.parse_fixed(args.judge) if args.judge else []
     wanted = chosen_prompts(args)
-    compare = [] if args.compare == "none" else [word.strip() for word in args.compare.split(",")]
-    if strange := [word for word in compare if word not in COMPARE]:
-        raise UserError(f"steer: --compare knows base, bon and none, not '{strange[0]}'")
     given = {
         "guidance_scale": args.guidance,
         "negative_prompt": args.negative_prompt,
@@ -113,9 +116,8 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.rewards import build
     from diffalign.steer import Steer
 
-    rehearsed(args, method)  # finds what does not fit before anything is loaded or written
-    folder = Path(args.out)
-    done = steering_run.prepare(folder, settings, wanted, args.resume)
+    folder = free_folder() if args.out is None else Path(args.out)
+    done = steering_run.finished(folder, settings, wanted, args.resume)
     pipeline: Any = pipelines.load(args.model, args.revision, args.dtype, args.device, steering=True)
     if lora is not None and isinstance(pipeline, AnyPipeline):
         pipeline.load_lora(lora)
@@ -123,7 +125,22 @@ def run(args: argparse.Namespace) -> None:
         adapters.load_lora(pipeline, lora)
     steer = Steer(pipeline, rewards, method, args.kernel, chosen_window(args.window), args.micro_batch)
     scorers = build(judges, choose(args.device))
-    steering_run.run(steering_run.Job(folder, wanted, args.steps, args.seed, compare, scorers, call), steer, done)
+    job = steering_run.Job(folder, wanted, args.steps, args.seed, compare, scorers, call, args.micro_batch)
+    steering_run.begin(job, settings, done)
+    steering_run.run(job, steer, done)
+
+
+def free_folder() -> Path:
+    """runs/steer, or the first runs/steer-N that is not there."""
+    names = ("steer" if k == 1 else f"steer-{k}" for k in itertools.count(1))
+    return next(folder for folder in (Path("runs", name) for name in names) if not folder.exists())
+
+
+def chosen_comparison(args: argparse.Namespace) -> list[str]:
+    words = [] if args.compare == "none" else [word.strip() for word in args.compare.split(",")]
+    if strange := [word for word in words if word not in COMPARE]:
+        raise UserError(f"steer: --compare knows base, bon and none, not '{strange[0]}'")
+    return words
 
 
 def described(name: str, summary: str) -> str:
@@ -143,7 +160,7 @@ def chosen_method(args: argparse.Namespace) -> Steering:
         option, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"--method {args.method!r}: {part!r} is no option; write OPTION=VALUE after the colon")
-        options[option] = yaml.safe_load(value)
+        options[option] = reward_entries.yaml_value(value)
     points = args.resample_at
     if points is not None and points not in ("auto", "all"):
         points = tuple(whole_numbers(points, "--resample-at"))
@@ -200,25 +217,23 @@ def lora_folder(path: str) -> str:
     return str(inner) if inner.is_dir() else path
 
 
-def dry_run(args: argparse.Namespace, method: Steering) -> None:
+def dry_run(args: argparse.Namespace, method: Steering, spent: Spent) -> None:
     """What a prompt would cost, without loading anything."""
-    _common.quiet()
     guided = args.guidance is not None and args.guidance != 1
-    spent = rehearsed(args, method)
     plain = args.steps * (2 if guided else 1)
-    print(f"{method.name}, {args.steps} steps{', guided' * guided}: for each prompt")
+    print(f"{method.name}, {args.steps} steps, {'guided' if guided else 'without guidance'}: for each prompt")
     print(f"  network forwards  {spent.nfe} ({spent.nfe / plain:.3g} plain images)")
     if spent.gradients:
         print(f"  differentiated    {spent.gradients}")
-    print(f"  images decoded    {spent.decodes}")
+    print(f"  images decoded    {spent.decodes}, and those that are returned once more")
     print(f"  images scored     {spent.reward_calls}")
     if dict(method).get("lam") == "auto":
         print(f"  and once for lam  {8 * plain} forwards for each of the first 4 prompts")
-    for word in args.compare.split(","):
-        extra = {"base": plain, "bon": spent.nfe // plain * plain}.get(word.strip())
-        if extra is not None:
-            print(f"  beside it, {word.strip():6} {extra} forwards")
-    print_memory(args, method)
+    for word in chosen_comparison(args):
+        print(f"  beside it, {word:6} {plain if word == 'base' else spent.nfe // plain * plain} forwards")
+    if method.budget_seconds is not None:
+        print(f"  but at most about {method.budget_seconds:g} seconds decide, which this cannot foresee")
+    print_memory(args)
 
 
 def rehearsed(args: argparse.Namespace, method: Steering) -> Spent:
@@ -229,7 +244,7 @@ def rehearsed(args: argparse.Namespace, method: Steering) -> Spent:
     return rehearse(method, args.steps, 2 if guided else 1, kernel, chosen_window(args.window))
 
 
-def print_memory(args: argparse.Namespace, method: Steering) -> None:
+def print_memory(args: argparse.Namespace) -> None:
     from diffalign import sizes
     from diffalign.estimate import BYTES
     from diffalign.sections import ModelRef

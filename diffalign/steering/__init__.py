@@ -81,13 +81,15 @@ class Outcome:
     lineage: Lineage
     log_z: float | None = None  # estimate of log E[exp(lam r)], for methods that have one
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a weighing or an improvement, for people
+    standing: Tensor | None = None  # [n] what the images are sorted by, where that is not the reward
 
 
 class Steering(Method):
     """Base of every method. It is its own configuration and defines `run`."""
 
     budget_nfe: Count | None = None
-    """Network forwards that a prompt may cost. A method with a set size is repeated while another round fits."""
+    """Network forwards that a prompt may cost, beside those that set lam. A method with a set size is repeated while
+    another round fits."""
     budget_seconds: Positive | None = None
     """Seconds that a prompt may take. The first round is always finished."""
     select: Literal["best", "sample", "all"] = "all"
@@ -110,10 +112,9 @@ class Steering(Method):
         from diffalign.steering._pooling import pooled
 
         one = self.forwards(problem.steps, problem.oracle.cost)
-        if self.budget_nfe is not None and problem.spent.nfe + one > self.budget_nfe:
+        if self.budget_nfe is not None and one > self.budget_nfe:
             raise UserError(
-                f"budget_nfe {self.budget_nfe} is less than one round of '{self.name}', {one} network forwards"
-                f"{f' after the {problem.spent.nfe} that set lam' * bool(problem.spent.nfe)}; "
+                f"budget_nfe {self.budget_nfe} is less than one round of '{self.name}', {one} network forwards; "
                 "raise it, or lower the number of particles or steps"
             )
         outcomes = [once(0)]

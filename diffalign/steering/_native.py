@@ -36,6 +36,8 @@ class Native:
         self.sigmas: Tensor = pipeline.sigmas(steps, height, width)
         self.guidance = float(arguments.get("guidance_scale", 1.0))
         self.cost = 1 if self.guidance == 1 else 2
+        if self.cost == 1 and arguments.get("negative_prompt"):
+            raise UserError("negative_prompt has no effect at guidance 1; raise guidance_scale or leave it out")
         self.shape = pipeline.latent_shape(height, width)
         with torch.no_grad():
             self.cond = pipeline.encode([prompt])

@@ -27,7 +27,7 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
         lineage.parent += [None if p is None else p + shift for p in o.lineage.parent]
         lineage.reward += o.lineage.reward
         leaves += [leaf + shift for leaf in o.leaves]
-    known = outcomes[0].log_z is not None
+    known, ranked = outcomes[0].log_z is not None, outcomes[0].standing is not None
     return Outcome(
         x=torch.cat([o.x for o in outcomes]),
         rewards=torch.cat([o.rewards for o in outcomes]),
@@ -35,5 +35,6 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
         leaves=leaves,
         lineage=lineage,
         log_z=float(evidence.logsumexp(0)) - math.log(len(outcomes)) if known else None,
+        standing=torch.cat([o.standing for o in outcomes if o.standing is not None]) if ranked else None,
         history=[{**row, "round": m} for m, o in enumerate(outcomes) for row in o.history],
     )

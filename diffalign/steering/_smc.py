@@ -81,7 +81,7 @@ def smc(problem: Problem, plan: Plan, first: int = 0) -> Outcome:
     log_w, log_z, scale, history = zero, 0.0, 0.0, []
     rewards = zero
     for i in range(end + 1):
-        cloud, scored = _look(problem, plan, cloud, i)
+        cloud, scored = _look(problem, plan, cloud, i, scale)
         row: dict[str, Any] = {}
         if scored is not None:
             rewards = scored
@@ -117,18 +117,19 @@ def smc(problem: Problem, plan: Plan, first: int = 0) -> Outcome:
     return Outcome(cloud.x, rewards, log_w.log_softmax(0), cloud.node.tolist(), lineage, log_z, history)
 
 
-def _look(problem: Problem, plan: Plan, cloud: Cloud, i: int) -> tuple[Cloud, Tensor | None]:
+def _look(problem: Problem, plan: Plan, cloud: Cloud, i: int, scale: float) -> tuple[Cloud, Tensor | None]:
     """The model's view of the states at step i, and the rewards where they are weighed.
 
     It is that of the current state: copies of one parent already differ, and the transition uses the same call.
     """
     if i == problem.steps:
         return cloud, problem.score(cloud.x, i)
-    if plan.guided:
+    follows = i in plan.at or (scale if plan.adaptive else plan.lam[i + 1]) > 0
+    if plan.guided and follows:
         x0, eps, rewards, slope = problem.differentiate(cloud.x, i)
         return replace(cloud, x0=x0, eps=eps, slope=slope), rewards if i in plan.at else None
     x0, eps = problem.predict(cloud.x, i)
-    return replace(cloud, x0=x0, eps=eps), problem.score(x0, i) if i in plan.at else None
+    return replace(cloud, x0=x0, eps=eps, slope=None), problem.score(x0, i) if i in plan.at else None
 
 
 def _twist(potential: str, cloud: Cloud, rewards: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,9 +169,8 @@ def _move(
     """(x', log p(x' | x) - log q(x' | x) [K]), with q = N(mean + std^2 lam grad r, std^2)."""
     assert cloud.x0 is not None and cloud.eps is not None
     taken = problem.advance(cloud.x, cloud.x0, cloud.eps, i, generators)
-    if not plan.guided:
+    if cloud.slope is None:
         return taken.next, 0.0
-    assert cloud.slope is not None
     shift = taken.std**2 * (strength if plan.adaptive else plan.lam[i + 1]) * cloud.slope
     noise = taken.next - taken.mean
     # (|noise|^2 - |noise + shift|^2) / (2 std^2), free of cancellation; 0 where there is no noise

@@ -62,6 +62,17 @@ class Node:
     children: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A tree between two batches: what the next one changes of it."""
+
+    visits: list[int]  # of all nodes, as psi
+    psi: list[float | None]
+    control: Tensor
+    nfe: int
+    improvements: int
+
+
 @dataclass
 class Tree:
     """Nodes by number, parents before children; node 0 is the root."""
@@ -86,6 +97,22 @@ class Tree:
         import torch
 
         return float(torch.rand((), generator=self.control, dtype=torch.float64))
+
+    def mark(self) -> Mark:
+        visits, psi = [n.visits for n in self.nodes], [n.psi for n in self.nodes]
+        return Mark(visits, psi, self.control.get_state(), self.nfe, len(self.history))
+
+    def rewind(self, mark: Mark) -> None:
+        """Be again what it was, whatever a batch that did not end has done since."""
+        size = len(mark.visits)
+        del self.nodes[size:], self.history[mark.improvements :]
+        for node, visits, psi in zip(self.nodes, mark.visits, mark.psi, strict=True):
+            node.visits, node.psi = visits, psi
+            node.children = [c for c in node.children if c < size]
+        self.states = {n: state for n, state in self.states.items() if n < size}
+        self.leaves = {n: leaf for n, leaf in self.leaves.items() if n < size}
+        self.control.set_state(mark.control)
+        self.nfe = mark.nfe
 
     def rewards(self) -> list[float]:
         return [r for n in self.leaves if (r := self.nodes[n].reward) is not None]

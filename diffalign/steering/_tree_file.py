@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from diffalign.writing import put, try_out
 
 COLUMNS = ("step", "parent", "visits", "psi", "reward")
 PARTS = ("x", "x0", "eps")
+SAME_LAM = 1e-6  # relative; lam of a pilot differs in its last bits from machine to machine
+SHOWN = 60  # characters of a value in a message
 
 
 def save(tree: Tree, settings: dict[str, Any], path: Path) -> None:
@@ -42,8 +45,8 @@ def save(tree: Tree, settings: dict[str, Any], path: Path) -> None:
         raise _unwritable(path, error) from error
 
 
-def opened(path: Path, settings: dict[str, Any]) -> Tree | None:
-    """The tree in a file, or None where there is none yet and one can be written.
+def opened(path: Path, settings: dict[str, Any]) -> tuple[Tree, float] | None:
+    """The tree in a file and its lam, or None where there is none yet and one can be written.
 
     Raises UserError when the file is damaged, or its tree was grown with other settings.
     """
@@ -58,17 +61,18 @@ def opened(path: Path, settings: dict[str, Any]) -> Tree | None:
     try:
         about = json.loads(_header(data)["__metadata__"]["tree"])
         was = dict(about["settings"])
+        lam = float(was["lam"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     now = json.loads(json.dumps(settings))  # tuples become lists
-    for key in now:
-        if was.get(key) != now[key]:
-            raise UserError(
-                f"tree file '{path}' was grown with another {key}{_values(was.get(key), now[key])}; give the same, or "
-                "another folder"
-            )
+    if math.isclose(lam, now["lam"], rel_tol=SAME_LAM):
+        now["lam"] = was["lam"]
+    if (other := _difference(was, now)) is not None:
+        raise UserError(
+            f"tree file '{path}' was grown with another {other}; give the same, name another folder or remove the file"
+        )
     try:
-        return _tree(about, unpacked(data))
+        return _tree(about, unpacked(data)), lam
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise _damaged(path, error) from error
 
@@ -89,8 +93,19 @@ def _header(data: bytes) -> Any:
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
-def _values(was: Any, now: Any) -> str:
-    return "" if isinstance(now, list) else f", {was}, not {now}"
+def _difference(was: Any, now: Any, name: str = "") -> str | None:
+    """The first thing that differs, and its values where they are short."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in [*now, *(k for k in was if k not in now)]:
+            inside = key if name in ("", "about") else f"{name}.{key}"
+            if (found := _difference(was.get(key), now.get(key), inside)) is not None:
+                return found
+        return None
+    if was == now:
+        return None
+    short = not isinstance(was, list | dict) and not isinstance(now, list | dict)
+    values = f", {was!r}, not {now!r}"
+    return name + values if short and len(values) <= SHOWN else name
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,21 @@ def _longest(problem: Problem) -> int:
 
 
 def search(problem: Problem, rules: Rules, end: Limits, name: str, folder: str | None, weigh: Weigh) -> Outcome:
-    """All leaves of a tree that has reached `end`, a new one or that of a file in `folder`, where it is saved."""
+    """All leaves of a tree that has reached `end`, a new one or that of a file in `folder`, where it is saved.
+
+    Whatever ends it before, such as Ctrl-C or an error of the reward, leaves the whole batches in the file.
+    """
     if folder is not None and problem.own is not None:
         raise UserError(
             "a tree that is saved needs one seed, from which all noise follows; give that, or no folder of trees"
         )
     path = None if folder is None else Path(folder) / f"tree-{problem.prompt:04d}.safetensors"
-    settings = {"method": name, **asdict(rules), **_circumstances(problem)}
-    tree = _tree_file.opened(path, settings) if path is not None else None
-    tree = tree or Tree(problem.generator(0))
+    like = problem.start([problem.generator(0)])  # for its shape, device and dtype
+    settings = {**_circumstances(problem, like), "method": name, **asdict(rules)}
+    tree = Tree(problem.generator(0))
+    if path is not None and (found := _tree_file.opened(path, settings)) is not None:
+        tree, settings["lam"] = found
+        rules = replace(rules, lam=settings["lam"])
     least = rules.batch * _longest(problem)
     if end.nfe is not None and not tree.leaves and problem.spent.nfe + least > end.nfe:
         after = f" after the {problem.spent.nfe} already spent" if problem.spent.nfe else ""
@@ -80,24 +86,29 @@ def search(problem: Problem, rules: Rules, end: Limits, name: str, folder: str |
             f"budget_nfe {end.nfe} is less than one batch of '{name}', {least} network forwards{after}; raise it, or "
             "lower batch or the number of steps"
         )
-    like = problem.start([problem.generator(0)])  # for its device and dtype
     problem.spent.nfe += tree.nfe  # a budget is for all runs of a prompt together
     done, began = 0, time.monotonic()
-    saved = began
-    while not end.reached(problem, tree, rules.batch, done, time.monotonic() - began):
-        _batch(problem, tree, rules, like)
-        done += 1
-        if path is not None and time.monotonic() - saved > SAVE_EVERY:
+    saved, whole = began, tree.mark()
+    try:
+        while not end.reached(problem, tree, rules.batch, done, time.monotonic() - began):
+            _batch(problem, tree, rules, like)
+            whole = tree.mark()
+            done += 1
+            if path is not None and time.monotonic() - saved > SAVE_EVERY:
+                _tree_file.save(tree, settings, path)
+                saved = time.monotonic()
+    finally:
+        if path is not None and done:
+            tree.rewind(whole)  # half a batch could not be gone on with
             _tree_file.save(tree, settings, path)
-            saved = time.monotonic()
-    if path is not None and done:
-        _tree_file.save(tree, settings, path)
     return _outcome(tree, like.device, weigh)
 
 
-def _circumstances(problem: Problem) -> dict[str, Any]:
-    """What the tree depends on beside its rules, as far as it can be told."""
+def _circumstances(problem: Problem, like: Tensor) -> dict[str, Any]:
+    """What the tree depends on beside its rules, as far as it can be told; first what the user knows best."""
     return {
+        "about": dict(problem.about),
+        "shape": list(like.shape[1:]),
         "seed": problem.seed,
         "prompt": problem.prompt,
         "sigmas": problem.oracle.sigmas.tolist(),

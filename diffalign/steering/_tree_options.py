@@ -32,7 +32,8 @@ class TreeSearch(Steering):
     store: Literal["exact", "bf16"] = "exact"
     """Precision of the states that are kept."""
     trees: str | None = None
-    """Folder that trees are saved to and gone on from, one file a prompt; seconds count anew, forwards do not."""
+    """Folder that trees are saved to and gone on from, after Ctrl-C too, one file a prompt; seconds count anew,
+    forwards do not."""
 
     def forwards(self, steps: int, cost: int) -> int:
         from diffalign.steering._tree import most_forwards

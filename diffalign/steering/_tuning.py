@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.clock import Clock
 from diffalign.schedules import RectifiedFlow
 from diffalign.steering import Oracle, Outcome, Steering
-from diffalign.steering._problem import Problem
+from diffalign.steering._problem import Problem, Spent
+from diffalign.types import UserError
 
 PILOT = 8  # plain samples that set lam
 PILOT_FROM = 1 << 20  # their number as particles, far from those of any run
@@ -30,25 +32,37 @@ def default_kernel(method: Steering, oracle: Oracle) -> tuple[str, float]:
 
 
 def noisy_steps(kernel: str, steps: int, window: tuple[int, int] | None) -> range:
-    """Steps with noise: those of the window, by default all but the last, which would leave its noise in the image."""
-    first, last = window or (0, steps - 2)
-    return range(0) if kernel == "ode" else range(max(first, 0), min(last, steps - 1) + 1)
+    """Steps with noise: those of the window, by default all but the last, which would leave its noise in the image.
+
+    Raises UserError for a window that has no effect, or is no span of the steps.
+    """
+    if window is None:
+        return range(0) if kernel == "ode" else range(steps - 1)
+    first, last = window
+    if kernel == "ode":
+        raise UserError("the ODE has no noise, so a window has no effect; leave it out, or take another kernel")
+    if not 0 <= first <= last < steps:
+        raise UserError(f"window {first},{last} is no span of steps 0 to {steps - 1}; give the first and the last")
+    return range(first, last + 1)
 
 
-def tuned(method: Steering, problems: Sequence[Problem]) -> tuple[Steering, list[str]]:
+def tuned(method: Steering, problems: Sequence[Problem]) -> tuple[Steering, list[str], int]:
     """The method with lam set where it is 'auto': 3 / std of the reward over 8 plain samples of each prompt.
 
     The deviations are within prompts, since particles of one prompt alone compete. The samples are walked with the
-    kernel that the method will use. Also returns what the user should know.
+    kernel that the method will use. Also returns what the user should know, and the network forwards that it took,
+    which count in no budget.
     """
     if dict(method).get("lam") != "auto":
-        return method, []
-    off = torch.cat([_deviations(problem) for problem in problems])
+        return method, [], 0
+    pilots = [replace(p, watch=None, best=None, spent=Spent(Clock(p.spent.clock.device))) for p in problems]
+    off = torch.cat([_deviations(pilot) for pilot in pilots])
+    nfe = sum(pilot.spent.nfe for pilot in pilots)
     std = float(off.square().sum() / max(1, len(off) - len(problems))) ** 0.5
     if std > 0:
-        return method.model_copy(update={"lam": STRENGTHS / std}), []
+        return method.model_copy(update={"lam": STRENGTHS / std}), [], nfe
     said = f"all {len(off)} plain samples of the pilot score alike, so lam is {FALLBACK:g}; give lam to choose another"
-    return method.model_copy(update={"lam": FALLBACK}), [said]
+    return method.model_copy(update={"lam": FALLBACK}), [said], nfe
 
 
 def _deviations(problem: Problem) -> Tensor:
@@ -56,8 +70,7 @@ def _deviations(problem: Problem) -> Tensor:
         generators = problem.particles(PILOT_FROM, PILOT)
     else:
         generators = [problem.generator(PILOT_FROM, j) for j in range(PILOT)]
-    plain = replace(problem, watch=None)
-    rewards = plain.score(plain.walk(plain.start(generators), generators), plain.steps)
+    rewards = problem.score(problem.walk(problem.start(generators), generators), problem.steps)
     known = rewards[rewards > -torch.inf]
     return known - known.mean()
 
@@ -65,15 +78,18 @@ def _deviations(problem: Problem) -> Tensor:
 def selected(method: Steering, outcome: Outcome, problem: Problem) -> Tensor:
     """Indices of what is returned: sorted by reward, the best alone, or one draw by weight."""
     if method.select == "sample":
-        drawn = torch.multinomial(outcome.log_weights.exp(), 1, generator=problem.generator(2))
-        return drawn
-    order = outcome.rewards.argsort(descending=True, stable=True)
+        # two numbers in the key: those of rounds have one
+        return torch.multinomial(outcome.log_weights.exp(), 1, generator=problem.generator(0, 0))
+    height = outcome.rewards if outcome.standing is None else outcome.standing
+    order = height.argsort(descending=True, stable=True)
     return order[:1] if method.select == "best" else order
 
 
-def warnings(history: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+def warnings(problem: Problem, history: Sequence[Mapping[str, Any]]) -> list[str]:
     """What went wrong on the way, for people: sentences."""
-    said = []
+    said, steps = [], problem.steps
+    if problem.kernel == "cps" and problem.stochastic:
+        said.append("cps samples a narrower distribution than the model's own, and so does what is steered with it")
     weighed = [row for row in history if "ess" in row]
     low = [row for row in weighed if row["ess"] < 1.5 and row["step"] < steps]
     if low:

@@ -15,7 +15,7 @@ class BestOfN(Steering):
 
     name: str = "best_of_n"
     particles: Count = 4
-    """N, images that are made; a budget adds more as long as it allows."""
+    """N, images that are made; with a budget, as many as it holds."""
 
     stochastic: ClassVar[bool] = False
 
@@ -23,11 +23,14 @@ class BestOfN(Steering):
         return self.particles * steps * cost
 
     def run(self, problem: Problem) -> Outcome:
-        if self.budget_nfe is not None:  # single images fill a budget better than rounds of N
-            n = self.budget_nfe // (problem.steps * problem.oracle.cost)
-            if self.budget_seconds is None and n > 0:
-                return self._once(problem, 0, n)
-        return self.rounds(problem, self.particles, lambda first: self._once(problem, first, self.particles))
+        if self.budget_nfe is None and self.budget_seconds is None:
+            return self._once(problem, 0, self.particles)
+        # with a budget, as many as it holds: at once where they can be counted before, else one after another
+        one = self.model_copy(update={"particles": 1})
+        n = 0 if self.budget_nfe is None else self.budget_nfe // one.forwards(problem.steps, problem.oracle.cost)
+        if n and self.budget_seconds is None:
+            return self._once(problem, 0, n)
+        return one.rounds(problem, 1, lambda first: self._once(problem, first, 1))
 
     def _once(self, problem: Problem, first: int, n: int) -> Outcome:
         from diffalign.steering._resampling import even

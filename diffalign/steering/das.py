@@ -24,7 +24,8 @@ class DAS(ParticleFilter):
     particles: Count = 4
     """K, images that are denoised together."""
     resample_at: tuple[int, ...] | Literal["auto", "all"] = "all"
-    """Steps 1 to T - 1 at which particles are weighed; the gradient is followed at every step with noise."""
+    """Steps 1 to T - 1 at which particles are weighed; the gradient is followed at every step with noise, from the
+    first weighing on where the strength is adaptive."""
     resample: Literal["systematic", "stratified", "multinomial", "residual", "ssp"] = "ssp"
     """Resampling scheme."""
 

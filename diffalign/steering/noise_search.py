@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffalign.steering import Count, Lineage, Outcome, Steering
 from diffalign.types import UserError
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffalign.steering._problem import Problem
+
+
+PATHS = {"paths", "back", "forth"}
 
 
 class NoiseSearch(Steering):
@@ -30,7 +33,7 @@ class NoiseSearch(Steering):
     particles: Count = 4
     """N, noises of a round; of paths, the re-noised copies of each path."""
     repeats: Count = 4
-    """Rounds after the first; a budget adds more as long as it allows."""
+    """Rounds after the first; with a budget, as many as it holds."""
     similarity: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """c, correlation of a neighbour with the pivot; the square root keeps its law that of noise."""
     paths: Count = 2
@@ -41,6 +44,17 @@ class NoiseSearch(Steering):
     """paths: steps that are noised again before them; fewer than `back`."""
 
     stochastic: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _apply(self) -> NoiseSearch:
+        idle = {"random": PATHS | {"similarity"}, "zero_order": PATHS, "paths": {"similarity", "repeats"}}[
+            self.algorithm
+        ]
+        if self.changed(sorted(idle)):
+            raise ValueError(f"{self.changed(sorted(idle))[0]} does not apply to {self.algorithm}; leave it out")
+        if self.algorithm == "paths" and self.forth >= self.back:
+            raise ValueError(f"paths noises {self.forth} steps and denoises {self.back}: take forth below back")
+        return self
 
     def forwards(self, steps: int, cost: int) -> int:
         if self.algorithm == "paths":
@@ -54,8 +68,6 @@ class NoiseSearch(Steering):
         if self.algorithm == "paths":
             from diffalign.steering._paths import paths
 
-            if self.forth >= self.back:
-                raise UserError(f"paths noises {self.forth} steps and denoises {self.back}: take forth below back")
             return self.rounds(problem, self.particles, lambda first: paths(self, problem, first))
         return self._search(problem)
 

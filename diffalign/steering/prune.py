@@ -68,8 +68,6 @@ class Prune(Steering):
         return self.rounds(problem, self.particles, lambda first: self._once(problem, first))
 
     def _once(self, problem: Problem, first: int) -> Outcome:
-        import torch
-
         from diffalign.steering._resampling import even
 
         generators = problem.particles(first, self.particles)
@@ -93,10 +91,8 @@ class Prune(Steering):
         r = columns.sum(1)
         nodes = [lineage.add(problem.steps, n, value) for n, value in zip(nodes, r.tolist(), strict=True)]
         history.append(_row(problem.steps, r, len(nodes)))
-        order = torch.argsort(standing(columns, self.combine), descending=True, stable=True)
-        return Outcome(
-            x[order.to(x.device)], r[order], even(len(x)), [nodes[k] for k in order.tolist()], lineage, None, history
-        )
+        height = standing(columns, self.combine)
+        return Outcome(x, r, even(len(x)), nodes, lineage, None, history, height)
 
 
 def _row(step: int, rewards: Tensor, roots: int) -> dict[str, Any]:
