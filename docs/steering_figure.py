@@ -1,7 +1,8 @@
-"""The charts of docs/steering.md: `python -m docs.steering_figure RUNS REWARD`, RUNS being the --out of the benchmark.
+"""The charts of docs/steering.md: `python -m docs.steering_figure RUNS REWARD [TIMED]`.
 
-Reward, and GenEval that steers nothing, of the best image against network forwards. Best of N is the grey line, an
-anytime search a red one, and every other method a point.
+RUNS is the --out of benchmarks/steering.py, TIMED that of a run on an idle machine, whose seconds are used. Reward, and
+GenEval that steers nothing, of the best image against network forwards and against seconds. Best of N is the grey line,
+an anytime search a red one, and every other method a point.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.steering import STEPS, best_of
+from benchmarks.steering import best_of
 from diffalign.eval.charts import Series, chart
 from docs.figures import FOLDER, styled
 
-NAMES = {"bon_sde": "best of 16, SDE", "zero_order": "zero-order", "fk_8_untempered": "fk_8, untempered"}
-HIDDEN = {"bon"}
+NAMES = {"bon_sde": "best of 16, SDE", "zero_order": "zero-order"}
+HIDDEN = {"bon", "fk_8_untempered"}
+FORWARDS = "network forwards"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -31,20 +33,25 @@ def mean(records: Sequence[dict[str, Any]], key: str) -> float:
     return float(np.mean([r[key][0] if isinstance(r[key], list) else r[key] for r in records]))
 
 
-def drawn(runs: dict[str, list[dict[str, Any]]], key: str, label: str) -> str:
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def drawn(runs: Runs, key: str, label: str, costs: dict[str, float], x_label: str) -> str:
+    """`key` of the best image against costs[row], that of 'bon' being of its largest N."""
     plain = runs["bon"]
-    sizes = range(1, len(plain[0]["rewards"]) + 1)
+    largest = len(plain[0]["rewards"])
     column = ("rewards", "geneval").index(key)
-    line = [float(np.mean([best_of(r, n)[column] for r in plain])) for n in sizes]
-    series = [Series([n * STEPS for n in sizes], line, "train", name="best of N")]
-    for row, records in sorted(runs.items()):
-        if row in HIDDEN:
-            continue
-        point = Series([mean(records, "nfe")], [mean(records, key)], "held", name=NAMES.get(row, row))
-        series.append(point)
-        if row == "dts_star" and key == "rewards":
-            series.append(Series(*anytime(records), "held"))
-    return styled(str(chart(series, label=label, x_label="network forwards", width=720, height=380)))
+    line = [float(np.mean([best_of(r, n)[column] for r in plain])) for n in range(1, largest + 1)]
+    most = max(cost for row, cost in costs.items() if row != "bon")
+    shown = [n for n in range(1, largest + 1) if n * costs["bon"] / largest <= 1.05 * most]
+    grey = Series([n * costs["bon"] / largest for n in shown], line[: len(shown)], "train")
+    points = [
+        Series([costs[row]], [mean(records, key)], "held", name=NAMES.get(row, row))
+        for row, records in sorted(runs.items())
+        if row in costs and row not in HIDDEN
+    ]
+    curves = [Series(*anytime(runs["dts_star"]), "held")] if key == "rewards" and x_label == FORWARDS else []
+    return styled(str(chart([grey, *points, *curves], label=label, x_label=x_label, width=720, height=380)))
 
 
 def anytime(records: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
@@ -56,9 +63,22 @@ def anytime(records: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]
     return costs.tolist(), [float(b) for b in best]
 
 
+def load(folder: Path, reward: str) -> Runs:
+    return {p.stem.removeprefix(f"{reward}_"): read(p) for p in sorted(folder.glob(f"{reward}_*.jsonl"))}
+
+
 if __name__ == "__main__":
-    folder, reward = Path(sys.argv[1]), sys.argv[2]
-    found = {p.stem.removeprefix(f"{reward}_"): read(p) for p in sorted(folder.glob(f"{reward}_*.jsonl"))}
-    (FOLDER / f"steering_{reward}.svg").write_text(drawn(found, "rewards", f"{reward} of the best image"), "utf-8")
-    judged = drawn(found, "geneval", "GenEval of that image")
-    (FOLDER / f"steering_{reward}_geneval.svg").write_text(judged, "utf-8")
+    reward = sys.argv[2]
+    found = load(Path(sys.argv[1]), reward)
+    forwards = {row: mean(records, "nfe") for row, records in found.items()}
+    best = f"{reward} of the best image"
+    pages = {
+        "": drawn(found, "rewards", best, forwards, FORWARDS),
+        "_geneval": drawn(found, "geneval", "GenEval of that image", forwards, FORWARDS),
+    }
+    if len(sys.argv) > 3:
+        timed = load(Path(sys.argv[3]), reward)
+        seconds = {row: float(np.mean([r["seconds"]["total"] for r in records])) for row, records in timed.items()}
+        pages["_seconds"] = drawn(found, "rewards", best, seconds, "seconds a prompt")
+    for name, page in pages.items():
+        (FOLDER / f"steering_{reward}{name}.svg").write_text(page, "utf-8")

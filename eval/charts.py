@@ -99,16 +99,39 @@ def chart(
             [(px(x), py(y)) for x, y in zip(s.x, s.y, strict=True)],
             [(py(a), py(b)) for a, b in zip(s.low, s.high, strict=True)],
         )
+    ends = [
+        (px(x), py(y), s.name)
+        for s in series
+        for x, y in [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)][-1:]
+        if s.name
+    ]
+    parts += _names(ends, width)
     return Markup("".join(parts) + "</svg>")  # numbers of ours and escaped labels only
+
+
+def _names(ends: Sequence[tuple[float, float, str]], width: float) -> list[str]:
+    """Names beside their points, each where it covers no other name or point if there is such a place."""
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y, _ in ends]
+    parts = []
+    for x, y, name in sorted(ends, reverse=True):
+        long = 6.2 * len(name)
+        sides = [(left, y + down) for down in (-6, 15, -19, 28, -32) for left in (x + 7, x - 7 - long)]
+        inside = [(left, base) for left, base in sides if 0 < left < width - long]
+        boxes = {(left, base): (left, base - 9, left + long, base + 2) for left, base in inside}
+        free = [place for place, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
+        left, base = (free or inside or sides)[0]
+        taken.append((left, base - 9, left + long, base + 2))
+        parts.append(f'<text class="tick" x="{left:.1f}" y="{base:.1f}">{escape(name)}</text>')
+    return parts
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _draw(s: Series, points: list[tuple[float, float]], whiskers: list[tuple[float, float]]) -> list[str]:
     parts, command = [], "M"
     path = []
-    seen = [point for point in points if math.isfinite(point[1])]
-    if s.name and seen:
-        x, y = seen[-1]
-        parts.append(f'<text class="tick" x="{x + 6:.1f}" y="{y - 5:.1f}">{escape(s.name)}</text>')
     for x, y in points:
         if math.isfinite(y):
             path.append(f"{command}{x:.1f} {y:.1f}")
