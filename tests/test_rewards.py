@@ -276,8 +276,13 @@ def test_geneval_position_and_counts() -> None:
     assert [geneval(m, pair, one) for m in ("correct", "strict", "dense")] == [1, 0, 0]
 
 
-def test_geneval_does_not_apply_without_its_metadata() -> None:
-    assert math.isnan(geneval("strict", paint(RED_CIRCLE), {"prompt": "anything"}))
+def test_geneval_without_its_metadata() -> None:
+    """A prompt of the shapes world is read from its text, with and without an opening; any other has no score."""
+    head, image = Geneval(name="geneval"), paint(RED_CIRCLE)[None]
+    asked = ["a photo of a cat", "a red circle", "An image of a red circle.", "a blue circle", "two red circles"]
+    scores = [float(head(image, [prompt], [{"prompt": prompt}]).scores) for prompt in asked]
+    assert math.isnan(scores[0]) and scores[1:] == [1, 1, 0, 0]
+    assert math.isnan(float(head(image, ["a red circle"], [{"include": []}]).scores))
 
 
 @pytest.mark.parametrize(
