@@ -278,7 +278,8 @@ def test_geneval_position_and_counts() -> None:
 
 def test_geneval_without_its_metadata() -> None:
     """A prompt of the shapes world is read from its text, with and without an opening; any other has no score."""
-    head, image = Geneval(name="geneval"), paint(RED_CIRCLE)[None]
+    head = Geneval(name="geneval")
+    image = torch.from_numpy(paint(RED_CIRCLE).copy()).permute(2, 0, 1)[None] / 255
     asked = ["a photo of a cat", "a red circle", "An image of a red circle.", "a blue circle", "two red circles"]
     scores = [float(head(image, [prompt], [{"prompt": prompt}]).scores) for prompt in asked]
     assert math.isnan(scores[0]) and scores[1:] == [1, 1, 0, 0]
