@@ -139,11 +139,12 @@ class Steer:
         return self.finished(method, problem, outcome, prompt, said, pilot)
 
     def using(self, method: Steering, kernel: str | None = None) -> Steer:
-        """The same model and rewards with another method, and its default kernel if none is given."""
+        """The same model and rewards with another method: by the same kernel and window if it needs noise likewise,
+        else by `kernel` or its default."""
         other = copy.copy(self)
         other.method = method
         if kernel is not None or method.stochastic != self.method.stochastic:
-            other.kernel = None if kernel is None else parse_kernel(kernel)
+            other.kernel, other.window = None if kernel is None else parse_kernel(kernel), None
         return other
 
     def calibrated(

@@ -180,6 +180,15 @@ def test_without_a_folder_the_next_free_one_is_taken(tmp_path: Path, monkeypatch
         assert (tmp_path / "runs" / name / "report.html").is_file()
 
 
+def test_a_window_is_the_methods_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images beside it are made by the ODE, which has none."""
+    options = ["--particles", "2", "--lam", "5", "--window", "1,3", "--resample-at", "2"]
+    assert steer(tmp_path / "out", *options, prompts=["a star"]) == 0
+    assert [row["step"] for row in lines(tmp_path / "out")[0]["arms"]["fk"]["history"]] == [2, 5]
+    assert main([*BASE, "--prompt", "a star", "--resume"]) == 2
+    assert "--resume needs --out" in capsys.readouterr().err
+
+
 def test_a_pilot_without_spread_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--reward", "steer_rewards.constant", "--particles", "2", "--compare", "none"]
     base = [word for word in BASE if word not in ("--reward", REWARD)]
@@ -228,6 +237,7 @@ def test_a_fine_tuned_model_is_steered(tmp_path: Path) -> None:
         (["--lora", "nowhere"], "LoRA folder 'nowhere' does not exist"),
         (["--guidance", "0.5"], "guidance must be at least 1"),
         (["--method", "fk:particles=[1"], "'[1' is no YAML value"),
+        (["--window", "3,9"], "window 3,9 is no span of steps 0 to 4"),
         (["--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["--dry-run", "--reward", "nope"], "unknown reward 'nope'"),
         (["--dry-run", "--compare", "foo"], "--compare knows base, bon and none"),

@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
         _common.quiet()
         dry_run(args, method, spent)
         return
+    if args.resume and args.out is None:
+        raise UserError("steer: --resume needs --out, the folder to go on in")
     for option in ("model", "reward"):
         if getattr(args, option) is None:
             raise UserError(f"steer: --{option} is missing; add it, or see `diffalign steer --help`")

@@ -74,6 +74,8 @@ def seeded(
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(1 << 31, (), generator=generator, device=device)), None
     if isinstance(generator, Sequence):
+        if not generator:
+            raise UserError("there is no generator in the list; give one a particle, or one seed")
         return generator[0].initial_seed() % (1 << 31), generator
     seed = operator.index(generator)
     if seed < 0:
