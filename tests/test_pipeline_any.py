@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
+from any_pipelines import CASES, STEPS, agrees, every_pipeline, generators, native, ode
 from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    Lumina2Pipeline,
-    PNDMScheduler,
-    StableDiffusion3Img2ImgPipeline,
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -24,42 +17,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffalign import adapters, pipelines
-from diffalign.pipelines import _any_arguments
-from diffalign.pipelines.any import AnyOracle, AnyPipeline
+from diffalign.pipelines.any import AnyPipeline
 from diffalign.pipelines.sd3 import SD3
-from diffalign.samplers import step
 from diffalign.types import UserError
-
-STEPS = 4
-CASES = {**tiny_pipelines.ALL, "pixart": tiny_pipelines.pixart}
-NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
-every_pipeline = pytest.mark.parametrize("name", CASES)
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def native(pipe: Any, arguments: dict[str, Any], output_type: str = "latent", steps: int = STEPS) -> Tensor:
-    settings = {"num_inference_steps": steps, "generator": generators(0)[0], "return_dict": False}
-    images: Tensor = pipe(**arguments, **settings, output_type=output_type)[0]
-    return images
-
-
-@torch.no_grad()
-def ode(oracle: AnyOracle, x: Tensor) -> Tensor:
-    for i in range(len(oracle.sigmas) - 1):
-        x0, eps = oracle.predict(x, i)
-        x = step(oracle.schedule, x0, eps, x, oracle.sigmas[i], oracle.sigmas[i + 1], "ode").next
-    return x
-
-
-def agrees(pipe: Any, arguments: dict[str, Any], expected: Tensor, steps: int = STEPS) -> None:
-    oracle = AnyPipeline(pipe).oracle(None, steps, arguments)
-    start = oracle.start(generators(0))
-    final = ode(oracle, start)
-    assert (final - start).abs().max() > 0.5  # the network moves the latents
-    torch.testing.assert_close(final, expected, atol=2e-5, rtol=0)
 
 
 @every_pipeline
@@ -196,53 +156,6 @@ def test_features_that_depend_on_the_step_see_the_true_one() -> None:
 def test_cost_is_what_the_network_is_asked(name: str, arguments: dict[str, Any], cost: int) -> None:
     pipe, given = CASES[name]()
     assert AnyPipeline(pipe).oracle(None, STEPS, {**given, **arguments}).cost == cost
-
-
-@pytest.mark.parametrize("to_one", [False, True])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_where_ddim_ends(to_one: bool, offset: int) -> None:
-    pipe, arguments = tiny_pipelines.sd15(set_alpha_to_one=to_one, steps_offset=offset)
-    agrees(pipe, arguments, native(pipe, arguments, steps=7), steps=7)  # 7 does not divide 1000
-    oracle = AnyPipeline(pipe).oracle(None, 5, arguments)
-    assert oracle.sigmas.shape == (6,) and oracle.sigmas[0] == torch.tensor((800 + offset) / 1000)
-    end = oracle.schedule.sigma(oracle.sigmas[-1])
-    assert end == 0 if to_one else end > 0
-
-
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_other_predictions(prediction: str) -> None:
-    zero_snr = prediction == "v_prediction"
-    pipe, arguments = tiny_pipelines.sd15(
-        prediction_type=prediction, timestep_spacing="trailing", rescale_betas_zero_snr=zero_snr
-    )
-    agrees(pipe, {**arguments, "guidance_rescale": 0.7}, native(pipe, {**arguments, "guidance_rescale": 0.7}))
-
-
-@NUMPY
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, PNDMScheduler, DPMSolverMultistepScheduler])
-def test_diffusion_models_are_sampled_as_by_ddim(scheduler: Any) -> None:
-    pipe, arguments = tiny_pipelines.sd15()
-    config = pipe.scheduler.config
-    expected = native(pipe, arguments)
-    pipe.scheduler = scheduler.from_config(config)
-    agrees(pipe, arguments, expected)
-    assert type(pipe.scheduler) is scheduler
-
-
-@NUMPY
-def test_flow_models_keep_their_grid() -> None:
-    pipe, arguments = tiny_pipelines.sd3()
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 1}
-    pipe.scheduler = DPMSolverMultistepScheduler(**flow)  # as Sana has it; its first order is the ODE step
-    expected = native(pipe, arguments)
-    agrees(pipe, arguments, expected)
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    oracle = AnyPipeline(pipe).oracle(None, STEPS, arguments)
-    assert torch.equal(oracle.sigmas, AnyPipeline(tiny_pipelines.sd3()[0]).oracle(None, STEPS, arguments).sigmas)
-    assert oracle.predict(oracle.start(generators(0)), 3)[0].isfinite().all()
-    pipe, arguments = tiny_pipelines.flux()
-    sizes = [AnyPipeline(pipe).oracle(None, STEPS, {**arguments, "height": h}).sigmas for h in (32, 96)]
-    assert (sizes[0] - sizes[1]).abs().max() > 1e-3  # the shift follows the size
 
 
 @pytest.fixture(scope="module")
@@ -413,91 +326,3 @@ def test_offloaded_encoders_come_to_encode(family: SD3) -> None:
     )
     oracle.predict(oracle.start(generators(0)), 0)
     assert seen == ["here"]
-
-
-def test_pipelines_that_are_not_text_to_image() -> None:
-    pipe, _ = tiny_pipelines.sd3()
-    other = StableDiffusion3Img2ImgPipeline(
-        **{k: v for k, v in pipe.components.items() if "image" not in k and "feature" not in k}
-    )
-    with pytest.raises(UserError, match="a StableDiffusion3Img2ImgPipeline is not a text-to-image .* takes 'strength'"):
-        AnyPipeline(other)
-    with pytest.raises(UserError, match="a DDIMScheduler is not a text-to-image pipeline"):
-        AnyPipeline(DDIMScheduler())
-    pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(UserError, match="a model with a EDMEulerScheduler cannot be steered; use"):
-        AnyPipeline(pipe)
-    with pytest.raises(UserError, match="has no max_sequence_length"):
-        AnyPipeline(tiny_pipelines.sd15()[0], max_sequence_length=5)
-
-
-def test_arguments_that_do_not_fit() -> None:
-    pipe, arguments = tiny_pipelines.sd3()
-    steered = AnyPipeline(pipe)
-    two = torch.cat([arguments["prompt_embeds"]] * 2)
-
-    def fails(message: str, steps: int = STEPS, **changes: Any) -> None:
-        with pytest.raises(UserError, match=message) as caught:
-            steered.oracle(None, steps, {**arguments, **changes})
-        assert "\n" not in str(caught.value)
-
-    fails("takes no argument 'guidence_scale'; did you mean 'guidance_scale'", guidence_scale=3.0)
-    for name in ("latents", "generator", "num_images_per_prompt", "output_type", "return_dict", "callback_on_step_end"):
-        fails(f"'{name}' is set by steering itself", **{name: None})
-    fails("'prompt' is set by steering itself", prompt="a star")
-    fails("'prompt_embeds' has 2 entries", prompt_embeds=two)
-    fails("there is no prompt", prompt_embeds=None)
-    fails("at least one step, got 0", steps=0)
-    fails("a StableDiffusion3Pipeline does not take these arguments: .*divisible", height=33)
-    fails("rise", sigmas=[0.2, 0.9])
-    with pytest.raises(
-        UserError, match="'cfg_trunc_ratio' depends on the step, which a Lumina2Pipeline cannot be told"
-    ):
-        _any_arguments.check(Lumina2Pipeline, "a star", {"cfg_trunc_ratio": 0.5})
-    oracle = steered.oracle(None, STEPS, arguments)
-    x = oracle.start(generators(0))
-    with pytest.raises(ValueError, match="step 4 of 4"):
-        oracle.predict(x, STEPS)
-    with pytest.raises(ValueError, match="latents"):
-        oracle.predict(x[..., 1:], 0)
-    AnyPipeline(pipe)  # and the pipeline is whole
-
-
-class Another(StableDiffusionPipeline):
-    """A loop of its own, which may do what cannot be steered."""
-
-    flaw = ""
-
-    @torch.no_grad()
-    def __call__(self, prompt=None, num_inference_steps=50, latents=None, output_type="pil", generator=None):
-        noise = self.prepare_latents(len(prompt), 4, 32, 32, torch.float32, "cpu", generator, latents)
-        x = 2 * noise if self.flaw == "scaled" else noise
-        self.scheduler.set_timesteps(num_inference_steps)
-        for t in self.scheduler.timesteps:
-            if self.interrupt:
-                continue
-            output = 0.1 * x.detach() if self.flaw == "detached" else 0.1 * x
-            x = self.scheduler.step(output, t, x).prev_sample
-            if self.flaw == "twice":  # as a sampler of second order does
-                x = self.scheduler.step(output, t, x).prev_sample
-        return (x,)
-
-
-@pytest.mark.parametrize(
-    "flaw, message",
-    [
-        ("twice", "does not take one scheduler step an iteration; it cannot be steered"),
-        ("scaled", "changes its latents before the loop; it cannot be steered"),
-        ("detached", "lets no gradients through; use a steering method that needs none"),
-        ("", "makes no images; load a text-to-image pipeline"),
-    ],
-)
-def test_pipelines_with_another_loop(flaw: str, message: str) -> None:
-    pipe = Another(**tiny_pipelines.sd15()[0].components, requires_safety_checker=False)
-    pipe.flaw = flaw
-    with pytest.raises(UserError, match=f"an? Another {message}"):
-        oracle = AnyPipeline(pipe).oracle("a star", STEPS, {})
-        x = oracle.start(generators(0)).requires_grad_()
-        x0, eps = oracle.predict(x, 0)
-        torch.testing.assert_close(eps, 0.1 * x)
-        oracle.decode(x0)
