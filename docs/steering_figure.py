@@ -79,6 +79,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 3:
         timed = load(Path(sys.argv[3]), reward)
         seconds = {row: float(np.mean([r["seconds"]["total"] for r in records])) for row, records in timed.items()}
+        seconds["bon"] *= len(found["bon"][0]["rewards"]) / len(timed["bon"][0]["rewards"])
         pages["_seconds"] = drawn(found, "rewards", best, seconds, "seconds a prompt")
     for name, page in pages.items():
         (FOLDER / f"steering_{reward}{name}.svg").write_text(page, "utf-8")
