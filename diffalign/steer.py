@@ -74,7 +74,8 @@ class Steer:
     """Steers a model towards a reward while it samples, without training.
 
     Args:
-        pipeline: any text-to-image pipeline of diffusers, or one that :func:`diffalign.pipelines.load` returned.
+        pipeline: any text-to-image pipeline of diffusers, which is frozen and set to eval, or one that
+            :func:`diffalign.pipelines.load` returned.
         reward: 'pickscore', a section such as {name: pickscore, model: tiny-clip}, a Reward, a function (images
             [n, 3, H, W] in [0, 1], prompts, metadata) -> n scores, or a list of them, whose weighted sum counts.
         method: a name ('fk'), a section ({name: fk, particles: 8}) or a Steering.
