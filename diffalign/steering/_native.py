@@ -11,7 +11,7 @@ from torch import Tensor
 from diffalign.listing import nearest
 from diffalign.samplers import randn
 from diffalign.schedules import Schedule
-from diffalign.types import UserError
+from diffalign.types import Denoiser, UserError
 
 ARGUMENTS = ("height", "width", "guidance_scale", "negative_prompt")
 
@@ -43,16 +43,16 @@ class Native:
             self.cond = pipeline.encode([prompt])
             negative = str(arguments.get("negative_prompt", ""))
             self.negative = pipeline.encode([negative]) if self.cost == 2 else None
+        self._denoisers: dict[int, Denoiser] = {}  # by batch size, of which micro-batches have one or two
 
     def start(self, generators: Sequence[torch.Generator]) -> Tensor:
         return randn((len(generators), *self.shape), generators, self.pipeline.device)
 
     def predict(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        rows = self.cond[torch.zeros(len(x), dtype=torch.long)]
-        predicted: tuple[Tensor, Tensor] = self.pipeline.denoiser(rows, self.guidance, self.negative).predict(
-            x, self.sigmas[i]
-        )
-        return predicted
+        if len(x) not in self._denoisers:  # each holds the prompt once a sample, which is not gathered at every step
+            rows = self.cond[torch.zeros(len(x), dtype=torch.long)]
+            self._denoisers[len(x)] = self.pipeline.denoiser(rows, self.guidance, self.negative)
+        return self._denoisers[len(x)].predict(x, self.sigmas[i])
 
     def decode(self, x0: Tensor) -> Tensor:
         images: Tensor = self.pipeline.decode(x0)
