@@ -20,28 +20,30 @@ import torch
 from torch import Tensor
 
 from diffalign import loading, trainer
+from diffalign.balancing import Meter, back_propagate
 from diffalign.clock import Clock
+from diffalign.interrupt import Interrupt
+from diffalign.judging import advantages
+from diffalign.overlap import Early
 from diffalign.rewards import score
 from diffalign.run import Run, prepare
-from diffalign.update import TrainedPolicy
+from diffalign.update import TrainedPolicy, parts
 
 
 def gradient(run: Run) -> tuple[Tensor, dict[str, float]]:
     """Gradient of one epoch's loss at the current weights, flattened, and what the epoch logged of its rewards."""
     config = run.config
-    rollout, _, total = trainer.sample(run, Clock(run.pipeline.device))
+    with Early({}) as early, Interrupt() as interrupt:
+        rollout, first, total = trainer.sample(run, Clock(run.pipeline.device), early, interrupt)
     assert rollout.images is not None
     with torch.no_grad():
-        rollout.rewards = score(
-            run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch
-        )
-    logged = trainer.advantages(run, rollout)
+        outputs = score(run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch)
+    logged = advantages(run, rollout, outputs)
     negative = run.pipeline.encode([config.sampling.negative_prompt]) if config.sampling.guidance != 1 else None
     policy = TrainedPolicy(run.pipeline, config.sampling, negative)
-    rows = config.algorithm.trains_on(rollout).nonzero().flatten().cpu()
-    for index in rows.split(config.trainer.micro_batch):
-        for loss in config.algorithm.losses(policy, rollout[index], run.memory):
-            (loss.per_sample.sum() / total).backward()
+    part = next(parts(run, rollout, first, total))
+    work = [(batch, config.algorithm.losses(policy, batch, run.memory)) for batch in part.batches(rollout)]
+    back_propagate(run, work, rollout, total, Meter())
     flat = torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None])
     run.optimizer.zero_grad()
     return flat, logged

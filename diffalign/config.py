@@ -14,6 +14,7 @@ from diffalign.fields import (
     AdvantageChoice,
     AlgorithmChoice,
     CurriculumChoice,
+    MultiRewardChoice,
     NonNegativeInt,
     Rewards,
     Section,
@@ -32,6 +33,7 @@ from diffalign.sections import (
     TrainerConfig,
 )
 from diffalign.source import Path as KeyPath
+from diffalign.types import UserError
 
 
 class Config(Section):
@@ -55,6 +57,8 @@ class Config(Section):
     """Which prompts an epoch takes: {name: ..., settings of that curriculum}."""
     rewards: Rewards
     """What to maximise: names, or {name: ..., weight: ..., settings of that reward}."""
+    multireward: Annotated[MultiRewardChoice, spelled_out("name")] | None = None
+    """How several rewards share one gradient: {name: marble, ...}; not given, `advantage` makes one reward of them."""
     adapter: Annotated[Lora | Full, Field(discriminator="name"), spelled_out("name", "lora")] = Lora()
     """Which weights are trained."""
     trainer: TrainerConfig
@@ -123,6 +127,12 @@ def _conflicts(config: Config) -> list[tuple[KeyPath, str]]:
         wrong.append((("trainer", "ema_every"), "has no effect without trainer.ema"))
     if not config.rewards:
         wrong.append((("rewards",), "name at least one reward"))
+    wrong += _shared(config)
+    if algorithm.estimators and config.advantage.name not in algorithm.estimators:
+        said = (
+            f"'{algorithm.name}' does not train on '{config.advantage.name}'; take {' or '.join(algorithm.estimators)}"
+        )
+        wrong.append((("advantage", "name"), said))
     places: dict[KeyPath, Rewards] = {("rewards",): config.rewards}
     if config.evaluation.rewards != config.rewards:
         places["evaluation", "rewards"] = config.evaluation.rewards
@@ -133,4 +143,31 @@ def _conflicts(config: Config) -> list[tuple[KeyPath, str]]:
             wrong.append((place, f"'{twice}' is listed twice; remove one or give it a label"))
     if config.evaluation.every and config.prompts.test is None:
         wrong.append((("prompts", "test"), f"needed because evaluation.every is {config.evaluation.every}"))
+    return wrong
+
+
+def _shared(config: Config) -> list[tuple[KeyPath, str]]:
+    """What is wrong with several rewards that share one gradient."""
+    method = config.multireward
+    if method is None:
+        return []
+    try:
+        groups = method.grouped([r.key for r in config.rewards])
+    except UserError as error:
+        return [(("multireward", "groups"), str(error))]
+    wrong: list[tuple[KeyPath, str]] = []
+    if len(groups) < 2:
+        wrong.append((("multireward",), f"'{method.name}' needs two or more rewards; remove it or add one"))
+    wrong += [
+        (("rewards", i, "weight"), f"must be above 0 with multireward, got {r.weight:g}; remove the reward instead")
+        for i, r in enumerate(config.rewards)
+        if r.weight <= 0
+    ]
+    updates = config.trainer.updates_per_rollout * config.trainer.passes
+    if method.mixes and not config.algorithm.affine(updates):
+        said = (
+            f"trains on mixtures of advantages, in which the loss of '{config.algorithm.name}' must be affine, and it "
+            "is not with these settings; split all losses of every step (marble: every 1 and losses null)"
+        )
+        wrong.append((("multireward",), said))
     return wrong

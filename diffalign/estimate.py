@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimate(config: Config, model: ModelSizes, processes: int = 1) -> Estimate:
-    """Memory of one of `processes` processes. Reward models and what a method keeps for itself are not counted."""
+    """Memory of one of `processes` processes. Of what a method keeps for itself, copies of the weights are counted."""
     images = -(-config.trainer.prompts * config.trainer.images_per_prompt // processes)
     return Estimate(held(config, model), stored(config, model, images), phases(config, model, images))
 
@@ -77,6 +77,7 @@ def held(config: Config, model: ModelSizes) -> dict[str, int]:
     found["AdamW's moments"] = 8 * trained
     if config.trainer.ema:
         found["moving average"] = 4 * trained
+    found |= {f"{name}, fp32": 4 * trained for name in config.algorithm.copies}
     if not lora and config.algorithm.needs_reference:
         found[f"reference copy, {dtype}"] = network * BYTES[dtype]
     return found
@@ -88,8 +89,9 @@ def stored(config: Config, model: ModelSizes, images: int) -> dict[str, int]:
     kept = kept_steps(config)
     means = kept if settings(config).get("ratio_norm", False) and t.updates_per_rollout * t.passes > 1 else 0
     prompt = prompt_tokens(model) * model.number("joint_attention_dim") + model.number("pooled_projection_dim")
+    transitions = f", {kept} transitions" if kept else ""
     return {
-        f"{images} images: latents, {kept} transitions": images * latent(config, model) * (1 + 2 * kept + means),
+        f"{images} images: latents{transitions}": images * latent(config, model) * (1 + 2 * kept + means),
         "their prompts": min(t.prompts, images) * prompt * BYTES[config.model.dtype],
     }
 
@@ -102,11 +104,12 @@ def phases(config: Config, model: ModelSizes, images: int) -> dict[str, int]:
     sampled, cast = passes(config.sampling.guidance), casts(config, model)
     learned = batch * (sampled if settings(config).get("cfg", True) else 1)
     moved = encoders(config, model) if config.model.encoders == "offload" else 0
+    gradients = trained * (1 + separate_gradients(config))
     found = {
         ENCODING: moved + encode_work(config, model),  # before anything is stored
         f"rollout of {batch} images": work(config, model, batch * sampled) + cast,
         f"decoding {decoded(config)} images": decode_work(config, model),
-        f"training on {batch} images, gradients {trained / GIB:.1f}": trained
+        f"training on {batch} images, gradients {gradients / GIB:.1f}": gradients
         + saved(config, model, learned)
         + work(config, model, learned),
         "optimizer step": trained + trained,  # gradients, and a temporary of AdamW
@@ -116,6 +119,14 @@ def phases(config: Config, model: ModelSizes, images: int) -> dict[str, int]:
         set_aside = trained if t.ema else 0  # while the average is in their place
         found["evaluation"] = work(config, model, samples) + cast + set_aside
     return found
+
+
+def separate_gradients(config: Config) -> int:
+    """Gradients that are kept apart while losses are split: one a reward, and the penalties'."""
+    method = config.multireward
+    if method is None or not method.splits:
+        return 0
+    return len(method.grouped([r.key for r in config.rewards])) + 1
 
 
 def passes(guidance: float) -> int:

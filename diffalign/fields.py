@@ -12,6 +12,7 @@ from diffalign.advantages import Advantage
 from diffalign.algorithms import Algorithm
 from diffalign.curriculums import Curriculum
 from diffalign.methods import Method, lookup
+from diffalign.multireward import MultiReward
 from diffalign.rewards import FunctionReward, Reward, resolve
 from diffalign.types import UserError
 
@@ -76,3 +77,4 @@ Rewards = Annotated[tuple[Annotated[SerializeAsAny[Reward], method("diffalign.re
 AlgorithmChoice = Annotated[SerializeAsAny[Algorithm], method("diffalign.algorithms", Algorithm)]
 AdvantageChoice = Annotated[SerializeAsAny[Advantage], method("diffalign.advantages", Advantage)]
 CurriculumChoice = Annotated[SerializeAsAny[Curriculum], method("diffalign.curriculums", Curriculum)]
+MultiRewardChoice = Annotated[SerializeAsAny[MultiReward], method("diffalign.multireward", MultiReward)]

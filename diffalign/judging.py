@@ -30,13 +30,19 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
         )
     shaped_rewards = {name: shaped(by_name[name], r) for name, r in every.items()}
     weights = {name: reward.weight for name, reward in by_name.items()}
-    values = method(shaped_rewards, weights, group, run.states["advantage"])
+    own = separate(run, shaped_rewards, weights, group)
+    values = mean(list(own.values())) if own else method(shaped_rewards, weights, group, run.states["advantage"])
     run.config.curriculum.learn(group, values, method.overall(shaped_rewards, weights, group), run.states["curriculum"])
     values = values.nan_to_num(0.0).clamp(-method.clip, method.clip)
     first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
     rollout.advantages = values[first : first + len(rollout)].float().to(rollout.x0.device)
+    rollout.separate = {
+        name: a[first : first + len(rollout)].clamp(-method.clip, method.clip).float().to(rollout.x0.device)
+        for name, a in own.items()
+    }
     _, row = group.unique(return_inverse=True)
-    largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, values.abs(), "amax")
+    size = torch.stack([a.abs().nan_to_num(0.0) for a in [values, *own.values()]]).amax(0)
+    largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, size, "amax")
     logged |= {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
     spread = {}
     for name, r in every.items():
@@ -48,3 +54,26 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
             logged[f"applies/{name}"] = len(valid) / len(r)
     run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
     return logged
+
+
+def separate(run: Run, rewards: dict[str, Tensor], weights: dict[str, float], group: Tensor) -> dict[str, Tensor]:
+    """The advantages of each reward on its own, [B] float64, NaN where it does not apply; none without `multireward`.
+
+    Rewards of one group are averaged, by weight, over those that apply.
+    """
+    alone = {
+        name: run.config.advantage({name: r}, {name: 1.0}, group, run.states[f"advantage_{i}"])
+        for i, (name, r) in enumerate(rewards.items() if run.groups else ())
+    }
+    return {
+        name: mean([alone[member] for member in members], [weights[member] for member in members])
+        for name, members in run.groups.items()
+    }
+
+
+def mean(values: list[Tensor], weights: list[float] | None = None) -> Tensor:
+    """Weighted mean over those that are not NaN, [B]; NaN where all are."""
+    stacked = torch.stack(values)
+    weight = torch.ones(len(values)) if weights is None else torch.tensor(weights)
+    share = weight.to(stacked)[:, None] * ~stacked.isnan()
+    return (share * stacked.nan_to_num(0.0)).sum(0) / share.sum(0)

@@ -15,6 +15,7 @@ from diffalign import config_help, prompts, source
 from diffalign.config import Config
 from diffalign.listing import nearest
 from diffalign.pipelines import embedded_names, looks_like_hub_id
+from diffalign.rewards._applies import unmatched
 from diffalign.source import Path as KeyPath
 from diffalign.types import UserError
 
@@ -60,18 +61,25 @@ def _missing(config: Config) -> Iterator[tuple[KeyPath, str]]:
             yield ("model",), f"'{model}' is no diffusers folder: it has no model_index.json"
     elif model not in embedded_names() and not looks_like_hub_id(model):
         yield ("model",), f"no folder or embedded model '{model}'; {nearest(model, embedded_names())}"
-    wanted = {"train": (config.prompts.train, "trainer", config.trainer.prompts)}
+    wanted: list[tuple[str, str | tuple[str, ...], str, int]] = [
+        ("train", config.prompts.train, "trainer", config.trainer.prompts)
+    ]
     if config.prompts.test is not None:
         asked = config.evaluation.prompts if config.evaluation.every else 0
-        wanted["test"] = (config.prompts.test, "evaluation", asked)
-    for key, (where, section, asked) in wanted.items():
+        wanted.append(("test", config.prompts.test, "evaluation", asked))
+    for key, where, section, asked in wanted:
         try:
-            held = len(prompts.load(where))
+            found = prompts.load(where)
         except UserError as error:
             yield ("prompts", key), str(error)
             continue
+        held = len(found)
         if asked > held:
-            yield (section, "prompts"), f"{asked} prompts asked, but '{where}' holds {held}; ask for {held} or fewer"
+            holds = f"'{where}' holds" if isinstance(where, str) else f"{' + '.join(where)} hold"
+            yield (section, "prompts"), f"{asked} prompts asked, but {holds} {held}; ask for {held} or fewer"
+        if key == "train":
+            idle = ((i, unmatched(reward.only, found)) for i, reward in enumerate(config.rewards))
+            yield from ((("rewards", i, "only"), said) for i, said in idle if said)
     for i, tracker in enumerate(config.log_with):
         if importlib.util.find_spec(tracker) is None:
             yield ("log_with", i), f"{tracker} is not installed; pip install {tracker.replace('_', '-')}"

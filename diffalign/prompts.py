@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Strict, Tag
 
 from diffalign.types import UserError
+
+# told apart before they are checked, so that a mistake is complained of once
+Texts = Annotated[
+    Annotated[str, Tag("text")] | Annotated[tuple[str, ...], Strict(False), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "text"),
+]
 
 EMBEDDED = {
     "shapes-train": "prompts of the embedded shapes world to train on, with GenEval metadata",
@@ -14,12 +23,41 @@ EMBEDDED = {
 }
 
 
-def load(source: str) -> list[dict[str, Any]]:
+def load(source: str | Sequence[str]) -> list[dict[str, Any]]:
     """Metadata of each prompt, its text under "prompt".
 
     `source` is an embedded set, a .jsonl file of objects with a "prompt", or any other text file, whose non-empty
-    lines are prompts. UserError for a missing or empty file and for a line that is no prompt, naming it.
+    lines are prompts. Of a list of them the prompts follow each other, equal ones too, and each is told its source's
+    name (the file's without its ending) under "source", unless it brings one. UserError for a missing or empty file,
+    for a line that is no prompt, naming it, and for two sources of one name.
     """
+    if isinstance(source, str):
+        return _load(source)
+    if not source:
+        raise UserError("the list of prompt sources is empty; name a file, or one of " + ", ".join(EMBEDDED))
+    return [{"source": name, **entry} for name, one in _named(source).items() for entry in _load(one)]
+
+
+def label(entry: Mapping[str, Any], key: str) -> str | None:
+    """What a prompt's metadata says under `key`, as the text that sorts prompts; None where it says nothing."""
+    value = entry.get(key)
+    return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _named(sources: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for source in sources:
+        name = source if source in EMBEDDED else Path(source).stem
+        if name in named:
+            raise UserError(
+                f"the prompt sources '{named[name]}' and '{source}' are both called '{name}'; rename one, or list it "
+                "once"
+            )
+        named[name] = source
+    return named
+
+
+def _load(source: str) -> list[dict[str, Any]]:
     if source in EMBEDDED:
         from diffalign.shapes import prompts
 

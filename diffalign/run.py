@@ -44,7 +44,8 @@ class Run:
     eval_scorers: dict[str, rewards.Scorer]
     tracker: Tracker
     watch: Watch
-    states: dict[str, dict[str, Tensor]]  # of the advantage estimator and of the curriculum
+    groups: dict[str, list[str]]  # rewards that count as one in `multireward`
+    states: dict[str, dict[str, Tensor]]  # of the advantage estimators, of the curriculum and of `multireward`
     kept: dict[str, State]  # all that a checkpoint holds
     learners: dict[str, rewards.Learner]  # the heads among `scorers` that are trained too
     train_prompts: list[dict[str, Any]]
@@ -66,6 +67,8 @@ def prepare(config: Config, resume: str | None) -> Run:
     begun = checkpoint.check(start, saved) if start else 0
     require(config.log_with)
     train_prompts = prompts.load(config.prompts.train)
+    rewards.check_prompts(config.rewards, train_prompts)
+    curriculum = config.curriculum.start(train_prompts)
     test_prompts = prompts.load(config.prompts.test)[: config.evaluation.prompts] if config.prompts.test else []
     # without `cpu=True` accelerate lets the processes of a machine without an accelerator run one by one
     cpu = config.model.device == "cpu" or not torch.accelerator.is_available()
@@ -108,7 +111,13 @@ def prepare(config: Config, resume: str | None) -> Run:
     memory = config.algorithm.start(pipeline, parameters)
     learners: dict[str, rewards.Learner] = {n: s.head for n, s in scorers.items() if s.reward.learns}  # type: ignore[misc]
     watch = Watch(config.guard)
-    states = {"advantage": config.advantage.start(), "curriculum": config.curriculum.start(len(train_prompts))}
+    groups, weights = {}, {r.key: r.weight for r in config.rewards}
+    if config.multireward is not None:
+        groups = config.multireward.grouped(list(weights))
+    states = {"advantage": config.advantage.start(), "curriculum": curriculum}
+    if config.multireward is not None:
+        states |= {f"advantage_{i}": config.advantage.start() for i in range(len(weights))}
+        states["multireward"] = config.multireward.start(len(groups))
     kept = {
         "weights": of_weights(parameters),
         "optimizer": of_optimizer(optimizer, parameters),
@@ -130,7 +139,7 @@ def prepare(config: Config, resume: str | None) -> Run:
     tracker = Tracker(accelerator, folder, t.epochs, begun if start else -1, saved)
     return Run(
         config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
-        watch, states, kept, learners, train_prompts, test_prompts, begun,
+        watch, groups, states, kept, learners, train_prompts, test_prompts, begun,
     )  # fmt: skip
 
 

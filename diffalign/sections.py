@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from diffalign.fields import YAML_LIST, Decay, NonNegativeInt, PositiveInt, Rewards, Section, Side
+from diffalign.prompts import Texts
 
 Kernel = Literal["ode", "flow_sde", "cps", "dance", "ddim", "dpm2"]
 DETERMINISTIC = ("ode", "dpm2")
@@ -34,8 +35,9 @@ class ModelRef(Section):
 class Prompts(Section):
     """Where prompts come from: an embedded set, a text file with one prompt a line, or JSONL with metadata."""
 
-    train: str
-    """Prompts to train on: shapes-train, shapes-test, or a .txt or .jsonl file."""
+    train: Texts
+    """Prompts to train on: shapes-train, shapes-test, a .txt or .jsonl file, or a list of several, whose names are then
+    the "source" in their prompts' metadata."""
     test: str | None = None
     """Prompts to evaluate on; needed when evaluation.every is not 0."""
 

@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from diffalign import estimate, knobs, sizes
-from diffalign.algorithms import Algorithm
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -28,11 +27,13 @@ def plan(config: Config, processes: int = 1) -> str:
     images = t.prompts * t.images_per_prompt
     updates = t.updates_per_rollout * t.passes
     rewards = " + ".join(f"{r.weight:g} {r.key}" for r in config.rewards)
+    balanced = f", balanced by {config.multireward.name}" if config.multireward is not None else ""
     lines = {
         "model": f"{config.model.path}, {config.model.dtype}, {config.adapter.name} adapter",
-        "method": f"{config.algorithm.name} on {rewards}",
+        "method": f"{config.algorithm.name} on {rewards}{balanced}",
         "epoch": f"{t.prompts} prompts x {t.images_per_prompt} images = {images} images of {s.width}x{s.height}",
         "sampling": f"{s.steps} steps{noise(config)}, guidance {s.guidance:g}",
+        "training": training(config),
         "forwards": f"an epoch {forwards(config)}",
         "run": f"{t.epochs} epochs, {t.epochs * updates} updates, {t.epochs * images} images"
         + (f", on {processes} processes" if processes > 1 else ""),
@@ -45,17 +46,36 @@ def plan(config: Config, processes: int = 1) -> str:
 
 
 def noise(config: Config) -> str:
-    """Which steps are stochastic and which are trained."""
+    """Which steps are stochastic, and which of those are trained if any are."""
     s, a = config.sampling, config.algorithm
+    if s.deterministic:
+        return f" of {s.kernel}"
     first = a.stochastic(s.steps, config.seed, 0), a.kept(s.steps, config.seed, 0)
     noisy, kept = first
     if not noisy:
         return ""
+    if not kept and len(noisy) == s.steps:
+        return f" of {s.kernel} with eta {s.eta:g}"
+    told = f", {len(noisy)} of them {s.kernel} with eta {s.eta:g}"
+    if not kept:
+        return told
     epochs = range(1, min(config.trainer.epochs, 100))
     moves = any((a.stochastic(s.steps, config.seed, n), a.kept(s.steps, config.seed, n)) != first for n in epochs)
     which = "all of those" if kept == noisy else f"{len(kept)} of those"
     spans = f" (numbers {ranges(kept)} of 0-{s.steps - 1}{' in the first epoch' if moves else ''})"
-    return f", {len(noisy)} of them {s.kernel} with eta {s.eta:g}, {which} trained{spans}"
+    return f"{told}, {which} trained{spans}"
+
+
+def training(config: Config) -> str:
+    """At how many noise levels; with how many optimizer steps."""
+    t = config.trainer
+    levels = counted(config.algorithm.levels(config.sampling.steps), "noise level")
+    passes = f" in each of {t.passes} passes" if t.passes > 1 else ""
+    return f"each image at {levels}{passes}, {counted(t.updates_per_rollout * t.passes, 'update')} an epoch"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def ranges(numbers: list[int]) -> str:
@@ -65,17 +85,11 @@ def ranges(numbers: list[int]) -> str:
 
 
 def forwards(config: Config) -> str:
-    """Forward passes of the network, one for each image and step; guidance doubles them."""
-    t, s, a = config.trainer, config.sampling, config.algorithm
+    """Forward passes of the network, each of one image; guidance doubles them. At most: flat groups are not trained."""
+    t, s = config.trainer, config.sampling
     images = t.prompts * t.images_per_prompt
-    parts = {"to sample": images * s.steps}
-    if kept := len(a.kept(s.steps, config.seed, 0)):
-        parts["to train"] = images * kept * t.passes
-        if a.needs_reference:
-            parts["of the reference"] = images * kept * t.passes
-    if type(a).behaviour is not Algorithm.behaviour and t.updates_per_rollout * t.passes > 1:
-        later = images - (images // t.updates_per_rollout if t.passes == 1 else 0)
-        parts["of the old policy"] = later * kept
+    training = config.algorithm.forwards(s.steps, t.updates_per_rollout, t.passes)
+    parts = {"to sample": images * s.steps, **{what: round(images * n) for what, n in training.items()}}
     doubled = "all" if estimate.settings(config).get("cfg", True) else "those to sample"
     guided = f", {doubled} doubled by guidance" if s.guidance != 1 else ""
     return " + ".join(f"{n} {what}" for what, n in parts.items()) + guided

@@ -98,9 +98,20 @@ class Rollout:
     images: Tensor | None = None  # [B, 3, H, W] in [0, 1]
     rewards: dict[str, Tensor] = field(default_factory=dict)  # name -> [B]
     advantages: Tensor | None = None  # [B]
+    separate: dict[str, Tensor] = field(default_factory=dict)  # reward -> [B] its own advantages, NaN: does not apply
     old: dict[str, Tensor] = field(default_factory=dict)  # name -> [B, ...], the sampling policy as training sees it
+    turn: int = 0  # how often these images were trained on before
 
-    SHARED = ("sigmas", "kept")
+    SHARED = ("sigmas", "kept", "turn")
+
+    @property
+    def flat(self) -> Tensor:
+        """[B] bool: no reward tells these images from the others of their group, so that every advantage is 0."""
+        assert self.advantages is not None
+        flat = self.advantages == 0
+        for own in self.separate.values():
+            flat = flat & (own.nan_to_num(0.0) == 0)
+        return flat
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -11,13 +11,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from diffalign import adapters
+from diffalign import adapters, balancing
+from diffalign.balancing import Meter
 from diffalign.rollout import sample_seed
 from diffalign.run import Run
 from diffalign.sections import Sampling
 from diffalign.types import Conditioning, Denoiser, Rollout
-
-BUCKET = 2**26  # gradient elements in one message between processes
 
 
 @dataclass(frozen=True)
@@ -45,48 +44,59 @@ class TrainedPolicy:
         return adapters.reference(self.pipeline)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one optimizer step is made of."""
+
+    share: int  # which part of the epoch's images it takes
+    turn: int  # passes over them before this one, for methods that draw something new in each
+    rows: Tensor  # this process's images in it
+    trained: tuple[Tensor, ...]  # those with a gradient, in micro-batches
+    count: int  # images in it over all processes
+
+    def batches(self, rollout: Rollout) -> list[Rollout]:
+        return [replace(rollout[rows], turn=self.turn) for rows in self.trained]
+
+
 def update(run: Run, rollout: Rollout, first: int, total: int) -> dict[str, float]:
     """Take the epoch's optimizer steps on this process's samples, which are numbers first, first + 1, ... of `total`.
 
     Every loss is back-propagated over every sample; gradients are summed over processes once a step, so that shares may
     be uneven or empty and no sample is dropped. Returns means over the trained images.
     """
-    c = run.config
+    c, method = run.config, run.config.algorithm
     negative = run.pipeline.encode([c.sampling.negative_prompt]) if c.sampling.guidance != 1 else None
     policy = TrainedPolicy(run.pipeline, c.sampling, negative)
-    trained = c.algorithm.trains_on(rollout).cpu()
-    plan = [
-        (rows[trained[rows]].split(c.trainer.micro_batch), count)
-        for rows, count in partition(len(rollout), first, total, c.trainer.updates_per_rollout, c.seed, run.epoch)
-    ] * c.trainer.passes
-    later = {id(rows): rows for batches, _ in plan[1:] for rows in batches if len(rows)}
-    with torch.no_grad():
-        old = {key: c.algorithm.behaviour(policy, rollout[rows]) for key, rows in later.items()}
-
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
+    plan = list(parts(run, rollout, first, total))
+    old: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+    with torch.no_grad():  # before any step
+        for part in plan[1:]:
+            if (part.share, part.turn) not in old:
+                old[part.share, part.turn] = [method.behaviour(policy, batch) for batch in part.batches(rollout)]
+    meter = Meter()
     norms = []
-    for number, (batches, count) in enumerate(plan):
-        for rows in batches:
-            if not len(rows):
-                continue
-            batch = replace(rollout[rows], old=old[id(rows)] if number else {})
-            seen: set[str] = set()  # a metric may come in shares, one from each loss
-            for loss in c.algorithm.losses(policy, batch, run.memory):
-                (loss.per_sample.sum() / count).backward()
-                metrics = {"loss": loss.per_sample.detach(), **loss.metrics}
-                for name, metric in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + float(metric.sum())
-                seen |= metrics.keys()
-            counts |= {name: counts.get(name, 0.0) + len(rows) for name in seen}
+    for number, part in enumerate(plan):
+        batches = part.batches(rollout)
+        if number:
+            was = old[part.share, part.turn]
+            batches = [replace(batch, old=known) for batch, known in zip(batches, was, strict=True)]
+        work = [(batch, method.losses(policy, batch, run.memory)) for batch in batches]
+        balancing.back_propagate(run, work, rollout[part.rows], part.count, meter)
         norms.append(step(run))
-    shared: list[tuple[dict[str, float], dict[str, float]]] = gather_object([(sums, counts)])
-    logged = {
-        name: sum(s.get(name, 0.0) for s, _ in shared) / sum(c.get(name, 0.0) for _, c in shared)
-        for name in dict.fromkeys(name for _, c in shared for name in c)
-    }
-    images: list[int] = gather_object([int(trained.sum())])
-    return logged | {"grad_norm": sum(norms) / len(norms), "trained_images": float(sum(images))}
+    run.memory.after_epoch()
+    images: list[int] = gather_object([sum(len(rows) for rows in plan[0].trained)])
+    return meter.means() | {"grad_norm": sum(norms) / len(norms), "trained_images": float(sum(images))}
+
+
+def parts(run: Run, rollout: Rollout, first: int, total: int) -> Iterator[Part]:
+    t, method = run.config.trainer, run.config.algorithm
+    shares = list(partition(len(rollout), first, total, t.updates_per_rollout, run.config.seed, run.epoch))
+    for turn in range(t.passes):
+        for share, (rows, count) in enumerate(shares):
+            trained = method.trains_on(rollout, run.memory, turn * len(shares) + share).cpu()
+            chosen = rows[trained[rows]]
+            batches = chosen.split(t.micro_batch) if len(chosen) else ()
+            yield Part(share, 0 if method.trajectory else turn, rows, tuple(batches), count)
 
 
 def partition(length: int, first: int, total: int, updates: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, int]]:
@@ -104,7 +114,10 @@ def partition(length: int, first: int, total: int, updates: int, seed: int, epoc
 
 def step(run: Run) -> float:
     """One optimizer step on the gradients of all processes; returns their norm before clipping."""
-    reduce_gradients(run)
+    for p in run.parameters.values():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    balancing.reduce(run, [p.grad for p in run.parameters.values() if p.grad is not None])
     norm = float(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.trainer.max_grad_norm))
     run.watch.gradient(run.epoch + 1, norm)
     run.between = False
@@ -114,27 +127,3 @@ def step(run: Run) -> float:
     if run.ema is not None:
         run.ema.update()
     return norm
-
-
-@torch.no_grad()
-def reduce_gradients(run: Run) -> None:
-    """Sum over processes, a bucket at a time. By hand, because a process may have nothing to back-propagate."""
-    for p in run.parameters.values():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if run.accelerator.num_processes == 1:
-        return
-    bucket: list[Tensor] = []
-    for p in run.parameters.values():
-        assert p.grad is not None
-        if bucket and sum(g.numel() for g in bucket) + p.grad.numel() > BUCKET:
-            _sum(run, bucket)
-            bucket = []
-        bucket.append(p.grad)
-    _sum(run, bucket)
-
-
-def _sum(run: Run, gradients: list[Tensor]) -> None:
-    flat = run.sum(torch.cat([g.flatten() for g in gradients]))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, field_validator
 
 from diffalign.methods import Method, configured, lookup
+from diffalign.rewards import _applies
 from diffalign.shaping import Shape
 from diffalign.types import RewardOutput, UserError
 
@@ -29,6 +30,9 @@ class Reward(Method):
     """Name in logs, needed when one head is used twice; by default the name without its path."""
     shape: Shape | None = None
     """Bend the scores before they are trained on, against reward hacking; logs and evaluation keep the raw ones."""
+    only: _applies.Only = {}
+    """Score only images whose prompt's metadata has this value, or one of these, under each key, such as
+    {tag: counting} or {source: [ocr, geneval]}; to the others the reward does not apply."""
 
     needs_prompt: ClassVar[bool] = True
     """The scores depend on the prompt or its metadata."""
@@ -36,6 +40,15 @@ class Reward(Method):
     """NaN says that the reward does not apply to an image; where this is False it is a failure, and not valid."""
     learns: ClassVar[bool] = False
     """`setup` returns a `Learner`, which the trainer shows every epoch's images before they are scored."""
+
+    @field_validator("only")
+    @classmethod
+    def _selects(cls, only: _applies.Only) -> _applies.Only:
+        if only and cls.learns:
+            raise ValueError("a reward that is trained during the run learns from all images; leave `only` out")
+        if empty := [key for key, values in only.items() if not values]:
+            raise ValueError(f"no value is given for '{empty[0]}'; name one, or leave the key out")
+        return only
 
     @property
     def differentiable(self) -> bool:
@@ -112,8 +125,16 @@ class Scorer:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """images [B, 3, H, W] in [0, 1] -> scores [B] fp32 on the images' device; those that are not valid are NaN.
 
+        The head sees only images that the reward applies to by `only`; the others are NaN and valid, their extra None.
         Raises UserError when the head returns another shape, another type, or an infinite score.
         """
+        rows = _applies.rows(self.reward.only, metadata)
+        if len(rows) == len(prompts):
+            return self._judged(images, prompts, metadata)
+        some = [prompts[i] for i in rows], [metadata[i] for i in rows]
+        return _applies.spread(self._judged(images[rows], *some) if rows else None, rows, images)
+
+    def _judged(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         import torch
 
         name = self.reward.key
@@ -188,6 +209,13 @@ def build(entries: Sequence[str | Mapping[str, Any] | Reward], device: torch.dev
     return {key: Scorer(reward, reward.setup(device), device) for key, reward in rewards.items()}
 
 
+def check_prompts(rewards: Sequence[Reward], prompts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError when the `only` of a reward leaves out every one of the training prompts."""
+    for reward in rewards:
+        if said := _applies.unmatched(reward.only, prompts):
+            raise UserError(f"reward '{reward.key}' {said}")
+
+
 def shaped(reward: Reward, scores: Tensor) -> Tensor:
     """What advantages are made of: [B] float64, the scores bent by the reward's `shape`; NaN stays NaN."""
     return scores.double() if reward.shape is None else reward.shape(scores.double())
@@ -208,12 +236,14 @@ def score(
 
 
 def joined(parts: Sequence[RewardOutput]) -> RewardOutput:
-    """The outputs of several batches as one."""
+    """The outputs of several batches as one; of a batch that lacks an extra each entry is None."""
     import torch
 
-    def together(values: list[Any]) -> Any:
-        return torch.cat(values) if isinstance(values[0], torch.Tensor) else [v for value in values for v in value]
+    def together(name: str) -> Any:
+        values = [p.extra.get(name, [None] * len(p.scores)) for p in parts]
+        tensors = all(isinstance(value, torch.Tensor) for value in values)
+        return torch.cat(values) if tensors else [v for value in values for v in value]
 
     valid = [p.valid for p in parts if p.valid is not None]
-    extra = {name: together([p.extra[name] for p in parts]) for name in parts[0].extra}
+    extra = {name: together(name) for name in dict.fromkeys(name for p in parts for name in p.extra)}
     return RewardOutput(torch.cat([p.scores for p in parts]), extra, torch.cat(valid) if valid else None)

@@ -18,6 +18,12 @@ def redness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
+def sometimes(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    """Brightness, of prompts of an even length only."""
+    bright = images.mean((1, 2, 3))
+    return bright.where(torch.tensor([len(p) % 2 == 0 for p in prompts], device=images.device), float("nan"))
+
+
 def flat(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     return torch.ones(len(images))
 
@@ -39,7 +45,7 @@ def asleep(images: Tensor, prompts: Any, metadata: Any) -> RewardOutput:
 class Exploding(GRPO):
     def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
         for loss in super().losses(policy, batch, memory):
-            yield Loss(loss.per_sample * float("inf"))
+            yield Loss(lambda advantages, of=loss.policy: of(advantages) * float("inf"), loss.advantages)
 
 
 class Shadow(Memory):
@@ -90,4 +96,5 @@ class ForwardProcess(Algorithm):
             old, _ = policy.denoiser(batch.cond).predict(x, s)
         x0, _ = policy.denoiser(batch.cond).predict(x, s)
         error = (x0 - batch.x0).square().flatten(1).mean(1)
-        yield Loss(batch.advantages * error, {"moved": (x0 - old).abs().flatten(1).mean(1).detach()})
+        moved = (x0 - old).abs().flatten(1).mean(1).detach()
+        yield Loss(lambda advantages: advantages * error, batch.advantages, metrics={"moved": moved})

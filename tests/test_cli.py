@@ -83,6 +83,19 @@ def test_check_says_what_a_run_will_do(tmp_path: Path, model: str) -> None:
     assert done.stdout.endswith("False 0\n")
 
 
+def test_check_of_a_method_without_a_trajectory(tmp_path: Path) -> None:
+    method = "algorithm={name: nft, kl: 0, old: {rate: 0}, timesteps: {count: 5}}"
+    done = run("check", "shapes_nft", method, cwd=tmp_path, code=LEFT_OUT)
+    assert done.stderr == "" and done.stdout.endswith("False 0\n")
+    for fact in (
+        "10 steps of dpm2, guidance 1\n",
+        "at 5 noise levels",
+        "1280 to sample + 640 to train\n",
+        "old policy",
+    ):
+        assert fact in done.stdout
+
+
 def test_overrides_may_stand_after_options() -> None:
     args = cli._parse(["train", "shapes_demo", "a=1", "--output", "out", "b=2"])
     assert (args.config, args.overrides, args.output) == ("shapes_demo", ["a=1", "b=2"], "out")

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from diffalign import estimate, knobs, loading, pipelines, sizes, summary
+from diffalign import estimate, knobs, loading, pipelines, sizes
 from diffalign.config import Config
 from diffalign.estimate import GIB
 from diffalign.pipelines import SD3_LORA_TARGETS
@@ -395,45 +395,36 @@ def test_launch_files_are_what_accelerate_reads() -> None:
         assert loaded.num_processes == processes[file.name] and loaded.mixed_precision == "no" and not loaded.use_cpu
 
 
-def test_the_summary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    told = summary.summary(config())
-    for fact in (
-        "9 of them flow_sde with eta 0.7, all of those trained (numbers 0-8 of 0-9), guidance 4.5",
-        "11520 to sample + 10368 to train + 10368 of the reference + 5184 of the old policy, all doubled by guidance",
-        "1000 epochs, 2000 updates",
-        "estimated from the known configuration",
-        "fits cards of 80 GB (10% kept free)",
-        "too large for 24 GB (10% kept free); needs ",
-    ):
-        assert fact in told, fact
-    rows = {
-        line[:48].strip(): float(line[48:].replace("<", ""))
-        for line in told.splitlines()
-        if re.search(r" [<\d.]+$", line) and line.startswith("    ")
-    }
-    total = re.search(r"  total +([\d.]+)", told)
-    assert total is not None and rows["transformer, bf16"] == 4.6 and rows["text encoders, bf16"] == 10.4
-    assert max(rows.values()) < float(total[1]) < sum(rows.values())
+def test_copies_of_the_weights_and_a_gradient_for_each_reward_are_counted() -> None:
+    model = known(sizes.MEDIUM)
+    sampling = ["sampling.guidance=1", "sampling.kernel=dpm2", "advantage=group"]
+    rewards = "rewards=[jpeg, {name: jpeg, label: a}, {name: jpeg, label: b}]"
 
-    fast = summary.summary(config("sd35_medium_grpo_fast"))
-    assert "3 of them cps with eta 0.8, all of those trained (numbers" in fast and "in the first epoch)" in fast
-    assert "2 of those trained" in summary.plan(config("sd35_medium_grpo_fast", "algorithm.trained=2"))
-    assert "those to sample doubled" in summary.plan(config("sd35_medium_grpo", "algorithm.cfg=false"))
-    assert "not estimated: 'someone/something' is no SD3 model" in summary.memory(
-        config("sd35_medium_grpo", "model=someone/something")
-    )
-    assert "even with model.encoders=offload" in summary.memory(
-        config("sd35_medium_grpo", "trainer.prompts=400", "trainer.images_per_prompt=64")
-    )
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "on 8 processes" in summary.summary(config()) and "144 images: latents" in summary.summary(config())
-    assert summary.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    def parts(method: str, *overrides: str) -> estimate.Estimate:
+        c = config("sd35_medium_grpo", *sampling, f"algorithm={method}", *overrides)
+        return estimate.estimate(c, model)
+
+    def training(found: estimate.Estimate) -> int:
+        return next(n for name, n in found.phases.items() if name.startswith("training"))
+
+    nft = parts("nft")
+    trained = nft.held["moving average"]
+    assert nft.held["old policy, fp32"] == parts("awm").held["slow copy, fp32"] == trained
+    assert nft.total - parts("raft", "advantage=sft").total == trained
+    assert parts("{name: awm, anchor: 0}").held == parts("raft", "advantage=sft").held
+    full = parts("nft", "adapter=full")
+    assert full.held["old policy, fp32"] == full.held["moving average"] > 100 * trained
+    apart = {name: training(parts("nft", rewards, f"multireward={name}")) for name in ("pcgrad", "marble")}
+    assert set(apart.values()) == {training(nft) + 4 * trained}
+    two = "multireward={name: marble, groups: {both: [a, b]}}"
+    assert training(parts("nft", rewards, two)) == training(nft) + 3 * trained
+    assert training(parts("nft", rewards, "multireward={name: marble, alphas: fixed}")) == training(nft)
 
 
-def test_estimating_imports_no_torch() -> None:
+@pytest.mark.parametrize("preset", ["sd35_large_grpo", "shapes_nft", "shapes_marble"])
+def test_estimating_imports_no_torch(preset: str) -> None:
     code = (
-        "import sys; from diffalign import loading, summary; summary.summary(loading.load('sd35_large_grpo'));"
+        f"import sys; from diffalign import loading, summary; summary.summary(loading.load('{preset}'));"
         "assert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

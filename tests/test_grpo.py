@@ -256,5 +256,5 @@ def test_a_gap_between_sampling_and_training_is_told() -> None:
 def test_samples_without_advantage_are_skipped_unless_kl_needs_them(pipeline: Any) -> None:
     rollout = roll(pipeline, "cps", 0.7, [1])
     rollout.advantages = torch.tensor([0.0, 0.0, 0.5, -0.5])
-    assert GRPO(name="grpo").trains_on(rollout).tolist() == [False, False, True, True]
-    assert GRPO(name="grpo", kl=KL(weight=0.1)).trains_on(rollout).tolist() == [True] * 4
+    assert GRPO(name="grpo").trains_on(rollout, Memory(), 0).tolist() == [False, False, True, True]
+    assert GRPO(name="grpo", kl=KL(weight=0.1)).trains_on(rollout, Memory(), 0).tolist() == [True] * 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,10 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """One item per backward. The trainer averages over the epoch's images, so nothing depends on the micro-batch."""
+    """One item per backward: policy(A) + penalty. The trainer averages over the epoch's images, so nothing depends on
+    the micro-batch. The policy loss is a function of the advantages, because with several rewards each has its own:
+    one forward pass then serves them all."""
 
-    per_sample: Tensor  # [B], carries the gradient
+    policy: Callable[[Tensor], Tensor]  # advantages [B] -> [B], carries the gradient
+    advantages: Tensor  # [B], those of the batch
+    penalty: Tensor | None = None  # [B], what no advantage scales, such as a KL; its weight is in it
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [B], logged as their mean
+
+    @property
+    def per_sample(self) -> Tensor:
+        """[B]; computed anew at every call."""
+        return self.total(self.policy(self.advantages))
+
+    def total(self, policy: Tensor) -> Tensor:
+        """[B] of a policy loss [B] and the penalty."""
+        return policy if self.penalty is None else policy + self.penalty
 
 
 class Policy(Protocol):
@@ -56,6 +69,9 @@ class Memory:
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
+    def after_epoch(self) -> None:
+        """Called after an epoch's last optimizer step."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return {}
@@ -69,10 +85,17 @@ class Algorithm(Method):
 
     trajectory: ClassVar[bool] = False
     """Trains on stored transitions, so it needs stochastic steps."""
+    estimators: ClassVar[tuple[str, ...]] = ()
+    """The advantage estimators that suit; none named, all do."""
 
     @property
     def needs_reference(self) -> bool:
         """Compares with the model as it was before training."""
+        return False
+
+    def affine(self, updates: int) -> bool:
+        """Whether, in an epoch of so many updates, the gradient of the policy loss is affine in the advantages while
+        none is clipped: then the gradient at a mixture of advantages is the mixture of the gradients."""
         return False
 
     def conflicts(self, sampling: Sampling) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -96,8 +119,27 @@ class Algorithm(Method):
         """Indices of the steps whose transitions are stored, because they are trained."""
         return self.stochastic(steps, seed, epoch)
 
-    def trains_on(self, rollout: Rollout) -> Tensor:
-        """[B] bool: samples whose loss has a gradient; the others are not run through the model."""
+    def levels(self, steps: int) -> int:
+        """Noise levels at which each image is trained."""
+        return max(1, len(self.kept(steps, 0, 0)))
+
+    def forwards(self, steps: int, updates: int, passes: int) -> dict[str, float]:
+        """Forward passes of the network by purpose, beside those that sample: how many an image costs in an epoch.
+
+        Of `passes` passes over the images, each in `updates` optimizer steps. `diffalign check` tells them; a method
+        with others than these, such as an old policy's, names them too.
+        """
+        trained: float = self.levels(steps) * passes
+        return {"to train": trained} | ({"of the reference": trained} if self.needs_reference else {})
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Names of the copies of the trained weights that the method keeps beside them, for the estimate of memory."""
+        return ()
+
+    def trains_on(self, rollout: Rollout, memory: Memory, update: int) -> Tensor:
+        """[B] bool: samples whose loss has a gradient in an epoch's update number 0, 1, ...; the others are not run
+        through the model."""
         return rollout.group >= 0
 
     def behaviour(self, policy: Policy, batch: Rollout) -> dict[str, Tensor]:

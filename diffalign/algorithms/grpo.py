@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import ConfigDict, Field
@@ -73,9 +74,16 @@ class GRPO(Algorithm):
             return noisy
         return sorted(random.Random(f"trained {seed} {epoch}").sample(noisy, self.trained))
 
-    def trains_on(self, rollout: Rollout) -> Tensor:
-        assert rollout.advantages is not None
-        return (rollout.advantages != 0) | self.needs_reference
+    def forwards(self, steps: int, updates: int, passes: int) -> dict[str, float]:
+        later = 1.0 if passes > 1 else 1 - 1 / updates  # images of an epoch's later updates: scored once before them
+        own = super().forwards(steps, updates, passes)
+        return own | ({"of the old policy": later * self.levels(steps)} if later else {})
+
+    def affine(self, updates: int) -> bool:
+        return updates == 1  # rho is 1
+
+    def trains_on(self, rollout: Rollout, memory: Memory, update: int) -> Tensor:
+        return ~rollout.flat | self.needs_reference
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         gap = metrics.get("logp_gap", 0.0)
@@ -102,21 +110,26 @@ class GRPO(Algorithm):
             old = batch.old["log_prob"][:, k] if batch.old else taken.log_prob.detach()
             if self.ratio_norm:
                 mean = batch.old["mean"][:, k] if batch.old else taken.mean.detach()
-                ratio = guarded_ratio(taken, old, mean)
-                loss = policy_loss(batch.advantages, ratio, self.clip) / (batch.sigmas[i] - batch.sigmas[i + 1])
+                ratio, length = guarded_ratio(taken, old, mean), float(batch.sigmas[i] - batch.sigmas[i + 1])
             else:
-                ratio = (taken.log_prob - old).exp()
-                loss = policy_loss(batch.advantages, ratio, self.clip)
+                ratio, length = (taken.log_prob - old).exp(), 1.0
+            objective = partial(self.objective, ratio=ratio, scale=length * len(batch.kept))
             metrics = {
                 "ratio": ratio.detach(),
                 "clip_fraction": ((ratio.detach() - 1).abs() > self.clip).float(),
                 "logp_gap": (old - batch.log_probs[:, k]).abs(),
             }
+            penalty = None
             if self.needs_reference:
                 kl = self.penalty(denoiser, policy, batch, k, taken, velocity)
-                loss = loss + self.kl.weight * kl
+                penalty = self.kl.weight * kl / len(batch.kept)
                 metrics["kl"] = kl.detach()
-            yield Loss(loss / len(batch.kept), {name: m / len(batch.kept) for name, m in metrics.items()})
+            share = {name: m / len(batch.kept) for name, m in metrics.items()}
+            yield Loss(objective, batch.advantages, penalty, share)
+
+    def objective(self, advantages: Tensor, ratio: Tensor, scale: float) -> Tensor:
+        """[B]; `scale` divides."""
+        return policy_loss(advantages, ratio, self.clip) / scale
 
     @staticmethod
     def score(denoiser: Denoiser, policy: Policy, batch: Rollout, k: int) -> tuple[Step, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from diffalign.methods import Method
 from diffalign.types import UserError
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 class Curriculum(Method):
     """Base of every curriculum."""
 
-    def start(self, prompts: int) -> dict[str, Tensor]:
-        """What it remembers of the `prompts` prompts of the training set; checkpoints keep it."""
+    def start(self, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """What it remembers of the training set, given as its prompts' metadata; checkpoints keep it."""
         return {}
 
     def draw(self, prompts: int, count: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
         """[count] different prompt numbers below `prompts`. UserError if there are fewer."""
         if count > prompts:
             raise UserError(f"{count} prompts asked for an epoch, but there are {prompts}; ask for {prompts} or fewer")
-        return self.order(prompts, generator, state)[:count]
+        return self.choose(prompts, count, generator, state)
 
     @abstractmethod
-    def order(self, prompts: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
-        """All numbers below `prompts`, those to take first at the front; a function of the arguments alone."""
+    def choose(self, prompts: int, count: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
+        """What `draw` returns, of prompts that are enough; a function of the arguments alone: processes agree."""
 
     def learn(self, group: Tensor, advantages: Tensor, rewards: Tensor, state: dict[str, Tensor]) -> None:
         """Take an epoch into `state`, in place: prompt numbers, advantages, weighted rewards (NaN: none), all [B]."""

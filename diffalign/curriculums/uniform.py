@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Uniform(Curriculum):
     """The first numbers of a random permutation, as Flow-GRPO's K-repeat sampler (arXiv 2505.05470) draws them."""
 
-    def order(self, prompts: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
+    def choose(self, prompts: int, count: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
         import torch
 
-        return torch.randperm(prompts, generator=generator)
+        return torch.randperm(prompts, generator=generator)[:count]

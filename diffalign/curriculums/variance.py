@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -27,12 +28,12 @@ class Variance(Curriculum):
     floor: float = Field(0.1, gt=0, le=1)
     """Smallest weight, as a share of the largest; 1 draws all prompts alike."""
 
-    def start(self, prompts: int) -> dict[str, Tensor]:
+    def start(self, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         import torch
 
-        return {"variance": torch.full((prompts,), torch.nan, dtype=torch.float64)}  # NaN: not yet seen
+        return {"variance": torch.full((len(prompts),), torch.nan, dtype=torch.float64)}  # NaN: not yet seen
 
-    def order(self, prompts: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
+    def choose(self, prompts: int, count: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
         import torch
 
         variance = state["variance"]
@@ -44,7 +45,7 @@ class Variance(Curriculum):
         largest = variance.nan_to_num(0.0).max()
         share = (variance / largest if largest > 0 else variance).nan_to_num(1.0).clamp(min=self.floor)
         waiting = torch.empty(prompts, dtype=torch.float64).exponential_(generator=generator)
-        return (waiting / share).argsort(stable=True)
+        return (waiting / share).argsort(stable=True)[:count]
 
     def learn(self, group: Tensor, advantages: Tensor, rewards: Tensor, state: dict[str, Tensor]) -> None:
         variance = state["variance"]
