@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,16 @@ def load(source: str | Sequence[str]) -> list[dict[str, Any]]:
     if not source:
         raise UserError("the list of prompt sources is empty; name a file, or one of " + ", ".join(EMBEDDED))
     return [{"source": name, **entry} for name, one in _named(source).items() for entry in _load(one)]
+
+
+def first(source: str | Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The first `count` prompts; of several sources one prompt each in turn, as far as they reach."""
+    if isinstance(source, str):
+        return load(source)[:count]
+    entries = iter(load(source))
+    parts = [list(islice(entries, len(_load(one)))) for one in source]
+    turns = zip_longest(*parts)
+    return [entry for turn in turns for entry in turn if entry is not None][:count]
 
 
 def label(entry: Mapping[str, Any], key: str) -> str | None:

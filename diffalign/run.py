@@ -69,7 +69,7 @@ def prepare(config: Config, resume: str | None) -> Run:
     train_prompts = prompts.load(config.prompts.train)
     rewards.check_prompts(config.rewards, train_prompts)
     curriculum = config.curriculum.start(train_prompts)
-    test_prompts = prompts.load(config.prompts.test)[: config.evaluation.prompts] if config.prompts.test else []
+    test_prompts = prompts.first(config.prompts.test, config.evaluation.prompts) if config.prompts.test else []
     # without `cpu=True` accelerate lets the processes of a machine without an accelerator run one by one
     cpu = config.model.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, log_with=list(config.log_with) or None, project_dir=config.output)

@@ -38,8 +38,9 @@ class Prompts(Section):
     train: Texts
     """Prompts to train on: shapes-train, shapes-test, a .txt or .jsonl file, or a list of several, whose names are then
     the "source" in their prompts' metadata."""
-    test: str | None = None
-    """Prompts to evaluate on; needed when evaluation.every is not 0."""
+    test: Texts | None = None
+    """Prompts to evaluate on, likewise; of several sources one prompt each in turn. Needed when evaluation.every is not
+    0."""
 
 
 class Sampling(Section):

@@ -64,6 +64,9 @@ def test_prompts_are_told_their_source_and_none_is_lost() -> None:
     texts = ("a cat", "a dog", "a bird", "a fish")
     assert prompts.load(("one.txt",)) == [{"prompt": text, "source": "one"} for text in texts]
     assert prompts.load("one.txt") == [{"prompt": text} for text in texts]
+    turns = prompts.first(["more/two.jsonl", "one.txt"], 5)
+    assert [entry["prompt"] for entry in turns] == ["a cat", "a cat", "a cow", "a dog", "a bird"]
+    assert prompts.first("one.txt", 2) == prompts.load("one.txt")[:2]
     both = prompts.load(["shapes-train", "one.txt"])
     assert len(both) == 480 and both[0]["source"] == "shapes-train" and both[0]["tag"] == "single_object"
     assert "source" not in prompts.load("shapes-train")[0], "the embedded set itself stays as it is"
