@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffalign import loading, trainer
-from diffalign.balancing import Meter, back_propagate
+from diffalign.balancing import Meter, Work, back_propagate
 from diffalign.clock import Clock
 from diffalign.interrupt import Interrupt
 from diffalign.judging import advantages
@@ -42,8 +42,8 @@ def gradient(run: Run) -> tuple[Tensor, dict[str, float]]:
     negative = run.pipeline.encode([config.sampling.negative_prompt]) if config.sampling.guidance != 1 else None
     policy = TrainedPolicy(run.pipeline, config.sampling, negative)
     part = next(parts(run, rollout, first, total))
-    work = [(batch, config.algorithm.losses(policy, batch, run.memory)) for batch in part.batches(rollout)]
-    back_propagate(run, work, rollout, total, Meter())
+    work = [Work(batch, config.algorithm.losses(policy, batch, run.memory)) for batch in part.batches(rollout)]
+    back_propagate(run.balancer, work, rollout.separate, total, Meter())
     flat = torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None])
     run.optimizer.zero_grad()
     return flat, logged

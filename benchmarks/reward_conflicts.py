@@ -15,14 +15,15 @@ import argparse
 import statistics
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign import loading, trainer
+from diffalign.algorithms import Loss
 from diffalign.clock import Clock
 from diffalign.interrupt import Interrupt
 from diffalign.judging import advantages
 from diffalign.multireward._min_norm import balance
-from diffalign.multireward.marble import smoothed
+from diffalign.multireward.marble import Marble, smoothed
 from diffalign.overlap import Early
 from diffalign.rewards import score
 from diffalign.run import Run, prepare
@@ -45,11 +46,23 @@ def judged(run: Run) -> tuple[Rollout, Tensor]:
 
 
 def smallest(step: Tensor, own: Tensor) -> float:
-    valid = own.norm(dim=1) > 0
-    return float(torch.cosine_similarity(step[None], own[valid]).min())
+    return float(torch.cosine_similarity(step[None], own).min())
+
+
+def flat(value: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Gradient of a loss, in one vector."""
+    gradient = torch.autograd.grad(value, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in gradient]).double()
+
+
+def masked(loss: Loss, advantages: Tensor) -> Tensor:
+    """Mean policy loss over the images that a reward applies to, as training takes it."""
+    valid = ~advantages.isnan()
+    return loss.policy(advantages.nan_to_num(0.0)).where(valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def measure(run: Run, epochs: int, size: int) -> dict[str, list[float]]:
+    assert isinstance(run.config.multireward, Marble)
     worst: dict[str, list[float]] = {
         "weighted sum": [],
         "equal shares": [],
@@ -57,27 +70,27 @@ def measure(run: Run, epochs: int, size: int) -> dict[str, list[float]]:
         "MARBLE, between": [],
     }
     parameters = list(run.parameters.values())
-    alphas: Tensor | None = None
+    average: Tensor | None = None
     for run.epoch in range(epochs):
         rollout, total = judged(run)
         policy = TrainedPolicy(run.pipeline, run.config.sampling, None)
         for rows in torch.arange(len(rollout)).split(size):
             batch = rollout[rows]
+            advantages = torch.stack(list(batch.separate.values()))
+            if bool((advantages.nan_to_num(0.0) == 0).all()):
+                continue
             for loss in run.config.algorithm.losses(policy, batch, run.memory):
-                of = [a.nan_to_num(0.0) for a in batch.separate.values()]
-                raw = [
-                    torch.autograd.grad(loss.policy(a).mean(), parameters, retain_graph=True)
-                    for a in [*of, total[rows]]
-                ]
-                flat = torch.stack([torch.cat([g.flatten() for g in gradient]) for gradient in raw]).double()
-                own, weighted = flat[:-1], flat[-1]
+                own = torch.stack([flat(masked(loss, a), parameters) for a in advantages])
                 found = balance(own @ own.T)
-                worst["weighted sum"].append(smallest(weighted, own))
-                worst["equal shares"].append(smallest(own.mean(0), own))
-                worst["MARBLE, solved"].append(smallest(found.coefficients @ own, own))
-                if alphas is not None:
-                    worst["MARBLE, between"].append(smallest(alphas @ own, own))
-                alphas = found.alphas if alphas is None else smoothed(alphas, found.alphas, 0.7)
+                felt = own[found.valid]
+                mixtures = {"weighted sum": total[rows], "equal shares": advantages.nan_to_num(0.0).mean(0)}
+                if average is not None:
+                    mixtures["MARBLE, between"] = (average.float()[:, None] * advantages.nan_to_num(0.0)).sum(0)
+                for name, mixture in mixtures.items():
+                    worst[name].append(smallest(flat(loss.policy(mixture).mean(), parameters), felt))
+                worst["MARBLE, solved"].append(smallest(found.coefficients @ own, felt))
+                momentum = run.config.multireward.momentum
+                average = found.alphas if average is None else smoothed(average, found.alphas, momentum)
     return worst
 
 

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from statistics import fmean
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.algorithms import Loss
 from diffalign.multireward import MultiReward
-from diffalign.run import Run
 from diffalign.types import Rollout
 
 BUCKET = 2**26  # gradient elements in one message between processes
-Work = Sequence[tuple[Rollout, Iterator[Loss]]]  # a step's micro-batches, each with its losses, not yet computed
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of a step, and its losses, which are computed as they are taken."""
+
+    batch: Rollout
+    losses: Iterator[Loss]
+    logged: set[str] = field(default_factory=set)  # what was logged of it already: a metric may come in shares
 
 
 class Meter:
-    """Means over the trained images of what the losses log, and the last step's own numbers."""
+    """Means over the trained images of what the losses log, and what the epoch's last solve says of the rewards."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.step: dict[str, float] = {}
 
-    def add(self, batch: Rollout, loss: Loss, value: Tensor, first: bool) -> None:
-        """`first`: of the batch's losses, over which a metric may be divided into shares."""
+    def add(self, part: Work, loss: Loss, value: Tensor) -> None:
         for name, metric in {"loss": value.detach(), **loss.metrics}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(metric.sum())
-            self.counts[name] = self.counts.get(name, 0.0) + len(batch) * first
+            self.counts[name] = self.counts.get(name, 0.0) + len(part.batch) * (name not in part.logged)
+            part.logged.add(name)
 
     def means(self) -> dict[str, float]:
         """Over all processes."""
@@ -41,23 +49,22 @@ class Meter:
         return {name: value / count for name, (value, count) in total.items()} | self.step
 
 
-def back_propagate(run: Run, work: Work, images: Rollout, count: int, meter: Meter) -> None:
+def back_propagate(
+    balancer: Balancer | None, work: Sequence[Work], separate: Mapping[str, Tensor], count: int, meter: Meter
+) -> None:
     """Add the step's gradient to `p.grad`; it is still to be summed over processes.
 
-    `images` are all of this process's images in the step, trained or not; `count` is their number over all processes.
+    `separate` are the rewards' own advantages of all of this process's images in the step, trained or not, and `count`
+    is the number of images over all processes.
     """
-    if run.config.multireward is None:
-        weights = None
-        started = [0] * len(work)
-    else:
-        weights, started = split(run, run.config.multireward, work, images, count, meter)
-    for (batch, losses), before in zip(work, started, strict=True):
-        advantages = batch.advantages if weights is None else mixed(batch, weights)
+    weights = None if balancer is None else balancer.split(work, separate, count, meter)
+    for part in work:
+        advantages = part.batch.advantages if weights is None else mixed(part.batch, weights)
         assert advantages is not None
-        for number, loss in enumerate(losses, before):
+        for loss in part.losses:
             value = loss.total(loss.policy(advantages))
             (value.sum() / count).backward()
-            meter.add(batch, loss, value, number == 0)
+            meter.add(part, loss, value)
 
 
 def mixed(batch: Rollout, weights: Tensor) -> Tensor:
@@ -66,59 +73,84 @@ def mixed(batch: Rollout, weights: Tensor) -> Tensor:
     return (weights.to(own)[:, None] * own).sum(0)
 
 
-def split(
-    run: Run, method: MultiReward, work: Work, images: Rollout, count: int, meter: Meter
-) -> tuple[Tensor, list[int]]:
-    """Back-propagate the first losses of every micro-batch once for each reward, and combine the rewards' gradients.
+@dataclass(frozen=True)
+class Balancer:
+    """Several rewards that share one gradient, as `method` says."""
 
-    Returns the weights [K] of the rewards' advantages in the other losses, and how many losses of each micro-batch are
-    done. The gradient of reward k is that of the mean of its policy loss over the images it applies to, in the whole
-    step and over all processes: nothing depends on the micro-batch. Penalties have a gradient of their own.
-    """
-    state, names = run.states["multireward"], list(images.separate)
-    importance = importances(run)
-    valid = run.sum(torch.stack([(~images.separate[name].isnan()).sum() for name in names]).double()).cpu()
-    lead = method.lead(state)
-    done = [0] * len(work)
-    if lead != 0:
-        parameters = list(run.parameters.values())
-        sums = [[torch.zeros_like(p) for p in parameters] for _ in range(len(names) + 1)]
-        for i, (batch, losses) in enumerate(work):
-            for loss in islice(losses, lead):
-                values = [loss.policy(batch.separate[name].nan_to_num(0.0)) for name in names]
-                parts = [
-                    value.where(~batch.separate[name].isnan(), 0.0).sum() / max(float(n), 1.0)
-                    for name, value, n in zip(names, values, valid, strict=True)
+    method: MultiReward
+    groups: dict[str, list[str]]  # what counts as one reward -> its rewards
+    importance: Tensor  # [K] float64 weights of those
+    state: dict[str, Tensor]  # the method's, changed in place
+    parameters: list[nn.Parameter]
+    allsum: Callable[[Tensor], Tensor]  # over processes
+    main: bool  # this process adds what is a sum over all already
+
+    @classmethod
+    def of(
+        cls,
+        method: MultiReward,
+        seed: int,
+        weights: Mapping[str, float],
+        parameters: list[nn.Parameter],
+        allsum: Callable[[Tensor], Tensor],
+        main: bool,
+    ) -> Balancer:
+        """`weights` of the rewards by name; that of a group is the mean of its members'."""
+        groups = method.grouped(list(weights))
+        importance = [fmean(weights[m] for m in members) for members in groups.values()]
+        state = method.start(len(groups), seed)
+        return cls(method, groups, torch.tensor(importance, dtype=torch.float64), state, parameters, allsum, main)
+
+    def split(self, work: Sequence[Work], separate: Mapping[str, Tensor], count: int, meter: Meter) -> Tensor:
+        """Back-propagate the first losses of every micro-batch reward by reward, and combine the rewards' gradients.
+
+        Returns the weights [K] of the rewards' advantages in the losses that are left. The gradient of reward k is that
+        of the mean of its policy loss over the images it applies to, in the whole step and over all processes: nothing
+        depends on the micro-batch. Penalties have a gradient of their own.
+        """
+        applying = torch.stack([(~own.isnan()).sum() for own in separate.values()])
+        valid = self.allsum(applying.double()).cpu()
+        lead = self.method.lead(self.state)
+        if lead != 0:
+            *rewards, penalty = self.gradients(work, lead, valid, count, meter)
+            gram = products(rewards)
+            coefficients = gram.new_full((len(gram),), torch.nan)  # such a gradient stops the run, before it is applied
+            if gram.isfinite().all():
+                coefficients = self.method.coefficients(gram, self.importance, self.state)
+            meter.step |= aims(list(self.groups), gram, coefficients)
+            if self.main:
+                for i, p in enumerate(self.parameters):
+                    shares = (c * own[i] for c, own in zip(coefficients.tolist(), rewards, strict=True))
+                    p.grad = sum(shares, penalty[i] if p.grad is None else p.grad + penalty[i])
+        weights = self.method.mixture(self.importance, valid / count, self.state)
+        meter.step |= {f"alpha/{name}": float(w) for name, w in zip(self.groups, weights, strict=True)}
+        return weights
+
+    def gradients(
+        self, work: Sequence[Work], lead: int | None, valid: Tensor, count: int, meter: Meter
+    ) -> list[list[Tensor]]:
+        """Of each reward, and last of the penalties: a tensor for every parameter, summed over processes."""
+        sums = [[torch.zeros_like(p) for p in self.parameters] for _ in range(len(valid) + 1)]
+        for part in work:
+            advantages = list(part.batch.separate.values())
+            for loss in islice(part.losses, lead):
+                values = [loss.policy(own.nan_to_num(0.0)) for own in advantages]
+                means = [
+                    value.where(~own.isnan(), 0.0).sum() / max(float(n), 1.0)
+                    for value, own, n in zip(values, advantages, valid, strict=True)
                 ]
-                penalty = [] if loss.penalty is None else [loss.penalty.sum() / count]
-                for own, part in zip(sums, parts + penalty, strict=False):
-                    gradients = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-                    for total, gradient in zip(own, gradients, strict=True):
-                        if gradient is not None:
-                            total += gradient
-                meter.add(batch, loss, loss.total(torch.stack(values).mean(0)), done[i] == 0)
-                done[i] += 1
+                if loss.penalty is not None:
+                    means.append(loss.penalty.sum() / count)
+                for number, (own, mean) in enumerate(zip(sums[: len(means)], means, strict=True), 1):
+                    again = number < len(means)  # the last pass frees what the forward pass saved
+                    gradient = torch.autograd.grad(mean, self.parameters, retain_graph=again, allow_unused=True)
+                    for total, addend in zip(own, gradient, strict=True):
+                        if addend is not None:
+                            total += addend
+                meter.add(part, loss, loss.total(torch.stack(values).detach().mean(0)))
         for own in sums:
-            reduce(run, own)
-        gram = products(sums[:-1])
-        if not gram.isfinite().all():  # the norm of the whole gradient is looked at before the step, and stops the run
-            coefficients = torch.full((len(names),), torch.nan)
-        else:
-            coefficients = method.coefficients(gram, importance, state)
-        meter.step |= aims(names, gram, coefficients)
-        if run.accelerator.is_main_process:  # the others' share of a sum that is already over all
-            for i, p in enumerate(parameters):
-                parts_of = zip([*coefficients.tolist(), 1.0], sums, strict=True)
-                p.grad = sum((c * own[i] for c, own in parts_of), torch.zeros_like(p) if p.grad is None else p.grad)
-    weights = method.mixture(importance, valid / count, state)
-    meter.step |= {f"alpha/{name}": float(w) for name, w in zip(names, weights, strict=True)}
-    return weights, done
-
-
-def importances(run: Run) -> Tensor:
-    """[K] float64 weights of the rewards; that of a group is the mean of its members'."""
-    weight = {reward.key: reward.weight for reward in run.config.rewards}
-    return torch.tensor([fmean(weight[m] for m in members) for members in run.groups.values()], dtype=torch.float64)
+            reduce(self.allsum, own)
+        return sums
 
 
 @torch.no_grad()
@@ -145,20 +177,22 @@ def aims(names: Sequence[str], gram: Tensor, coefficients: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def reduce(run: Run, gradients: Sequence[Tensor]) -> None:
+def reduce(allsum: Callable[[Tensor], Tensor], gradients: Sequence[Tensor]) -> None:
     """Sum over processes in place, a bucket at a time; by hand, as a process may have nothing to back-propagate."""
-    if run.accelerator.num_processes == 1:
-        return
     bucket: list[Tensor] = []
     for gradient in gradients:
-        if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET:
-            _sum(run, bucket)
+        if bucket and size(bucket) + gradient.numel() > BUCKET:
+            _reduce(allsum, bucket)
             bucket = []
         bucket.append(gradient)
-    _sum(run, bucket)
+    _reduce(allsum, bucket)
 
 
-def _sum(run: Run, gradients: list[Tensor]) -> None:
-    flat = run.sum(torch.cat([g.flatten() for g in gradients]))
+def size(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _reduce(allsum: Callable[[Tensor], Tensor], gradients: list[Tensor]) -> None:
+    flat = allsum(torch.cat([g.flatten() for g in gradients]))
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -19,6 +19,7 @@ def everything() -> dict[str, dict[str, str]]:
         "advantages": summaries("diffalign.advantages"),
         "curriculums": summaries("diffalign.curriculums"),
         "rewards": summaries("diffalign.rewards"),
+        "multireward": summaries("diffalign.multireward"),
         "steering": summaries("diffalign.steering"),
         "pipelines": summaries("diffalign.pipelines"),
         "kernels": _kernels(),

@@ -107,22 +107,22 @@ def tidy(folder: Path) -> None:
 def check(path: Path, config: dict[str, Any]) -> int:
     """Whether this run can go on from a checkpoint, without reading its tensors; returns its finished epochs.
 
-    Raises UserError when the checkpoint differs in one of `SAME` or is damaged.
+    Raises UserError when the checkpoint differs in one of `SAME` or in `multireward`, or is damaged.
     """
     try:
         meta = json.loads((path / "meta.json").read_text("utf-8"))
-        epoch, was = int(meta["epoch"]), {key: _value(meta["config"], key) for key in SAME}
+        epoch, was = int(meta["epoch"]), _kept(meta["config"])
         for name in meta["states"]:
             with safe_open(path / f"{name}.safetensors", "pt"):  # compares the file's length with its header
                 pass
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-    for key in SAME:
-        now = _value(config, key)
-        if was[key] != now:
+    now = _kept(config)
+    for key in was:  # with another `multireward`, the first to differ, `now` may have other keys after it
+        if was[key] != now[key]:
             raise UserError(
-                f"checkpoint '{path}' was trained with {key} {was[key]}, this run has {now}; resume with the same, or "
-                "choose another output folder"
+                f"checkpoint '{path}' was trained with {key} {was[key]}, this run has {now[key]}; resume with the "
+                "same, or choose another output folder"
             )
     return epoch
 
@@ -155,6 +155,17 @@ def _damaged(path: Path, error: Exception) -> UserError:
         f"go on from the one before with --resume {older[-1]}" if older else "there is none before it; start afresh"
     )
     return UserError(f"checkpoint '{path}' cannot be read ({type(error).__name__}: {reason}); {advice}")
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same, by key. With `multireward` that is what its tensors are about: the rewards in order."""
+    kept = {key: _value(config, key) for key in SAME}
+    method = config.get("multireward")  # checkpoints older than the key have none
+    if method is None:
+        return {**kept, "multireward": "null"}
+    rewards = [reward["label"] or reward["name"].rpartition(".")[2] for reward in config["rewards"]]
+    groups = json.dumps(method.get("groups", {}))  # as text, in which their order counts too
+    return {**kept, "multireward": method["name"], "rewards": ", ".join(rewards), "multireward.groups": groups}
 
 
 def _value(config: dict[str, Any], key: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from diffalign.advantages import Scalar
 from diffalign.advantages.group import Group
 from diffalign.curriculums.uniform import Uniform
 from diffalign.fields import (
@@ -163,11 +164,20 @@ def _shared(config: Config) -> list[tuple[KeyPath, str]]:
         for i, r in enumerate(config.rewards)
         if r.weight <= 0
     ]
+    if isinstance(config.advantage, Scalar) and config.advantage.combine != "sum":
+        wrong.append(
+            (("advantage", "combine"), "has no effect with multireward, where each reward is alone; remove it")
+        )
+    levels, split = config.algorithm.levels(config.sampling.steps), method.split_losses
+    if split is not None and split > levels:
+        said = f"{split} asked for, but each image has {levels} losses; ask for {levels} or fewer, or null for all"
+        wrong.append((("multireward", "losses"), said))
     updates = config.trainer.updates_per_rollout * config.trainer.passes
     if method.mixes and not config.algorithm.affine(updates):
         said = (
             f"trains on mixtures of advantages, in which the loss of '{config.algorithm.name}' must be affine, and it "
-            "is not with these settings; split all losses of every step (marble: every 1 and losses null)"
+            "is not with these settings; take one update an epoch (and mode all with nft), or split all losses of "
+            "every step (marble: every 1 and losses null)"
         )
         wrong.append((("multireward",), said))
     return wrong

@@ -16,6 +16,7 @@ from diffalign.curriculums import Curriculum
 from diffalign.fields import method_class
 from diffalign.listing import available, nearest
 from diffalign.methods import Method
+from diffalign.multireward import MultiReward
 from diffalign.rewards import Reward
 from diffalign.source import Path, Source
 from diffalign.types import UserError
@@ -25,6 +26,7 @@ PACKAGES: dict[type[Method], str] = {
     Algorithm: "diffalign.algorithms",
     Advantage: "diffalign.advantages",
     Curriculum: "diffalign.curriculums",
+    MultiReward: "diffalign.multireward",
     Reward: "diffalign.rewards",
 }
 EXPECTED = {

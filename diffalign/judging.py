@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from diffalign.advantages._statistics import bounds, rows
 from diffalign.rewards import shaped
 from diffalign.run import Run
 from diffalign.types import RewardOutput, Rollout, Stopped
@@ -30,8 +31,12 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
         )
     shaped_rewards = {name: shaped(by_name[name], r) for name, r in every.items()}
     weights = {name: reward.weight for name, reward in by_name.items()}
-    own = separate(run, shaped_rewards, weights, group)
-    values = mean(list(own.values())) if own else method(shaped_rewards, weights, group, run.states["advantage"])
+    own: dict[str, Tensor] = {}
+    if run.balancer is None:
+        values = method(shaped_rewards, weights, group, run.states["advantage"])
+    else:
+        own = separate(run, run.balancer.groups, shaped_rewards, weights, group)
+        values = mean(list(own.values()))
     run.config.curriculum.learn(group, values, method.overall(shaped_rewards, weights, group), run.states["curriculum"])
     values = values.nan_to_num(0.0).clamp(-method.clip, method.clip)
     first = sum(len(part["group"]) for part in parts[: run.accelerator.process_index])
@@ -40,10 +45,8 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
         name: a[first : first + len(rollout)].clamp(-method.clip, method.clip).float().to(rollout.x0.device)
         for name, a in own.items()
     }
-    _, row = group.unique(return_inverse=True)
-    size = torch.stack([a.abs().nan_to_num(0.0) for a in [values, *own.values()]]).amax(0)
-    largest = values.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, size, "amax")
-    logged |= {"zero_advantage_groups": float((largest == 0).double().mean()), "x0_norm": float(x0_norm.mean())}
+    alike = torch.stack([same_in_group(a, group) for a in [values, *own.values()]]).all(0)
+    logged |= {"zero_advantage_groups": float(alike.double().mean()), "x0_norm": float(x0_norm.mean())}
     spread = {}
     for name, r in every.items():
         valid = r[~r.isnan()].double()
@@ -52,22 +55,32 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
             logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": spread[name]}
         if len(valid) < len(r):
             logged[f"applies/{name}"] = len(valid) / len(r)
-    run.watch.rewards(run.epoch + 1, spread, bool((largest == 0).all()))
+    run.watch.rewards(run.epoch + 1, spread, bool(alike.all()))
     return logged
 
 
-def separate(run: Run, rewards: dict[str, Tensor], weights: dict[str, float], group: Tensor) -> dict[str, Tensor]:
-    """The advantages of each reward on its own, [B] float64, NaN where it does not apply; none without `multireward`.
+def same_in_group(advantages: Tensor, group: Tensor) -> Tensor:
+    """[G] bool: the advantages that a group has are all equal; sft gives those of equal rewards 1, and group 0."""
+    row = rows(group)
+    low, high = bounds(advantages, row)
+    differs = advantages.new_zeros(int(row.max()) + 1).scatter_reduce_(0, row, (high > low).double(), "amax")
+    return differs == 0
 
-    Rewards of one group are averaged, by weight, over those that apply.
+
+def separate(
+    run: Run, groups: dict[str, list[str]], rewards: dict[str, Tensor], weights: dict[str, float], group: Tensor
+) -> dict[str, Tensor]:
+    """The advantages of each reward on its own, [B] float64, NaN where it does not apply.
+
+    Rewards of one of `groups` are averaged, by weight, over those that apply; `group` [B] are prompt ids.
     """
     alone = {
         name: run.config.advantage({name: r}, {name: 1.0}, group, run.states[f"advantage_{i}"])
-        for i, (name, r) in enumerate(rewards.items() if run.groups else ())
+        for i, (name, r) in enumerate(rewards.items())
     }
     return {
         name: mean([alone[member] for member in members], [weights[member] for member in members])
-        for name, members in run.groups.items()
+        for name, members in groups.items()
     }
 
 

@@ -80,6 +80,7 @@ def _missing(config: Config) -> Iterator[tuple[KeyPath, str]]:
         if key == "train":
             idle = ((i, unmatched(reward.only, found)) for i, reward in enumerate(config.rewards))
             yield from ((("rewards", i, "only"), said) for i, said in idle if said)
+            yield from config.curriculum.conflicts(found, asked if asked <= held else 0)
     for i, tracker in enumerate(config.log_with):
         if importlib.util.find_spec(tracker) is None:
             yield ("log_with", i), f"{tracker} is not installed; pip install {tracker.replace('_', '-')}"

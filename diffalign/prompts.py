@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import islice, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,20 +32,12 @@ def load(source: str | Sequence[str]) -> list[dict[str, Any]]:
     name (the file's without its ending) under "source", unless it brings one. UserError for a missing or empty file,
     for a line that is no prompt, naming it, and for two sources of one name.
     """
-    if isinstance(source, str):
-        return _load(source)
-    if not source:
-        raise UserError("the list of prompt sources is empty; name a file, or one of " + ", ".join(EMBEDDED))
-    return [{"source": name, **entry} for name, one in _named(source).items() for entry in _load(one)]
+    return list(chain(*_parts(source)))
 
 
 def first(source: str | Sequence[str], count: int) -> list[dict[str, Any]]:
     """The first `count` prompts; of several sources one prompt each in turn, as far as they reach."""
-    if isinstance(source, str):
-        return load(source)[:count]
-    entries = iter(load(source))
-    parts = [list(islice(entries, len(_load(one)))) for one in source]
-    turns = zip_longest(*parts)
+    turns = zip_longest(*_parts(source))
     return [entry for turn in turns for entry in turn if entry is not None][:count]
 
 
@@ -53,6 +45,15 @@ def label(entry: Mapping[str, Any], key: str) -> str | None:
     """What a prompt's metadata says under `key`, as the text that sorts prompts; None where it says nothing."""
     value = entry.get(key)
     return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _parts(source: str | Sequence[str]) -> list[list[dict[str, Any]]]:
+    """The prompts of each source, read once."""
+    if isinstance(source, str):
+        return [_load(source)]
+    if not source:
+        raise UserError("the list of prompt sources is empty; name a file, or one of " + ", ".join(EMBEDDED))
+    return [[{"source": name, **entry} for entry in _load(one)] for name, one in _named(source).items()]
 
 
 def _named(sources: Sequence[str]) -> dict[str, str]:

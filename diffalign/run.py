@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from diffalign import adapters, checkpoint, pipelines, prompts, rewards
 from diffalign.algorithms import Memory
+from diffalign.balancing import Balancer
 from diffalign.config import Config
 from diffalign.ema import EMA
 from diffalign.guard import Watch
@@ -44,8 +46,8 @@ class Run:
     eval_scorers: dict[str, rewards.Scorer]
     tracker: Tracker
     watch: Watch
-    groups: dict[str, list[str]]  # rewards that count as one in `multireward`
-    states: dict[str, dict[str, Tensor]]  # of the advantage estimators, of the curriculum and of `multireward`
+    balancer: Balancer | None  # with `multireward`
+    states: dict[str, dict[str, Tensor]]  # of the advantage estimators and of the curriculum
     kept: dict[str, State]  # all that a checkpoint holds
     learners: dict[str, rewards.Learner]  # the heads among `scorers` that are trained too
     train_prompts: list[dict[str, Any]]
@@ -55,8 +57,12 @@ class Run:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over processes."""
-        total: Tensor = self.accelerator.reduce(tensor, "sum")
-        return total
+        return reduce_sum(self.accelerator, tensor)
+
+
+def reduce_sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    total: Tensor = accelerator.reduce(tensor, "sum")
+    return total
 
 
 def prepare(config: Config, resume: str | None) -> Run:
@@ -111,13 +117,15 @@ def prepare(config: Config, resume: str | None) -> Run:
     memory = config.algorithm.start(pipeline, parameters)
     learners: dict[str, rewards.Learner] = {n: s.head for n, s in scorers.items() if s.reward.learns}  # type: ignore[misc]
     watch = Watch(config.guard)
-    groups, weights = {}, {r.key: r.weight for r in config.rewards}
+    balancer, states = None, {"advantage": config.advantage.start(), "curriculum": curriculum}
     if config.multireward is not None:
-        groups = config.multireward.grouped(list(weights))
-    states = {"advantage": config.advantage.start(), "curriculum": curriculum}
-    if config.multireward is not None:
-        states |= {f"advantage_{i}": config.advantage.start() for i in range(len(weights))}
-        states["multireward"] = config.multireward.start(len(groups))
+        weights, reduced = {r.key: r.weight for r in config.rewards}, partial(reduce_sum, accelerator)
+        main = accelerator.is_main_process
+        balancer = Balancer.of(config.multireward, config.seed, weights, list(parameters.values()), reduced, main)
+        states = {f"advantage_{i}": config.advantage.start() for i in range(len(weights))} | {
+            "curriculum": curriculum,
+            "multireward": balancer.state,
+        }
     kept = {
         "weights": of_weights(parameters),
         "optimizer": of_optimizer(optimizer, parameters),
@@ -139,7 +147,7 @@ def prepare(config: Config, resume: str | None) -> Run:
     tracker = Tracker(accelerator, folder, t.epochs, begun if start else -1, saved)
     return Run(
         config, folder, accelerator, pipeline, parameters, optimizer, ema, memory, scorers, eval_scorers, tracker,
-        watch, groups, states, kept, learners, train_prompts, test_prompts, begun,
+        watch, balancer, states, kept, learners, train_prompts, test_prompts, begun,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from diffalign.types import UserError
 Path = tuple[str | int, ...]  # ("rewards", 0, "weight")
 
 # A string in one of these places is short for the section {key: string}, so an override can reach inside it.
-SHORTHAND = {"model": "path", "algorithm": "name", "advantage": "name", "adapter": "name", "rewards": "name"}
+NAMED = ("algorithm", "advantage", "curriculum", "rewards", "multireward", "adapter")
+SHORTHAND = {"model": "path", **dict.fromkeys(NAMED, "name")}
 
 
 class _Loader(yaml.SafeLoader):

@@ -106,7 +106,7 @@ class Rollout:
 
     @property
     def flat(self) -> Tensor:
-        """[B] bool: no reward tells these images from the others of their group, so that every advantage is 0."""
+        """[B] bool: every advantage is 0, as where no reward tells the images of a group apart."""
         assert self.advantages is not None
         flat = self.advantages == 0
         for own in self.separate.values():

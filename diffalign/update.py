@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from diffalign import adapters, balancing
-from diffalign.balancing import Meter
+from diffalign import adapters
+from diffalign.balancing import Meter, Work, back_propagate, reduce
 from diffalign.rollout import sample_seed
 from diffalign.run import Run
 from diffalign.sections import Sampling
@@ -80,8 +80,9 @@ def update(run: Run, rollout: Rollout, first: int, total: int) -> dict[str, floa
         if number:
             was = old[part.share, part.turn]
             batches = [replace(batch, old=known) for batch, known in zip(batches, was, strict=True)]
-        work = [(batch, method.losses(policy, batch, run.memory)) for batch in batches]
-        balancing.back_propagate(run, work, rollout[part.rows], part.count, meter)
+        work = [Work(batch, method.losses(policy, batch, run.memory)) for batch in batches]
+        separate = {name: own[part.rows] for name, own in rollout.separate.items()}
+        back_propagate(run.balancer, work, separate, part.count, meter)
         norms.append(step(run))
     run.memory.after_epoch()
     images: list[int] = gather_object([sum(len(rows) for rows in plan[0].trained)])
@@ -117,7 +118,7 @@ def step(run: Run) -> float:
     for p in run.parameters.values():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    balancing.reduce(run, [p.grad for p in run.parameters.values() if p.grad is not None])
+    reduce(run.sum, [p.grad for p in run.parameters.values() if p.grad is not None])
     norm = float(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.trainer.max_grad_norm))
     run.watch.gradient(run.epoch + 1, norm)
     run.between = False

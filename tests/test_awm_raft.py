@@ -16,7 +16,8 @@ from diffalign import adapters, loading, pipelines
 from diffalign.algorithms import Memory
 from diffalign.algorithms._forward import squared
 from diffalign.algorithms._shadow import Shadow
-from diffalign.algorithms.awm import AWM, Weighting
+from diffalign.algorithms._weighted_matching import Weighting
+from diffalign.algorithms.awm import AWM
 from diffalign.algorithms.raft import RAFT
 from diffalign.types import UserError
 

@@ -109,7 +109,8 @@ def test_explain(tmp_path: Path) -> None:
 def test_list_names_every_method_with_its_first_line(tmp_path: Path) -> None:
     done = run("list", cwd=tmp_path, code=LEFT_OUT)
     assert done.stdout.endswith("False 0\n")
-    for kind, folder in (("algorithms", "diffalign/algorithms"), ("rewards", "rewards"), ("pipelines", "pipelines")):
+    folders = {kind: f"diffalign/{kind}" for kind in ("algorithms", "advantages", "curriculums", "multireward")}
+    for kind, folder in {**folders, "rewards": "rewards", "pipelines": "pipelines"}.items():
         files = [f for f in sorted((ROOT / folder).glob("*.py")) if not f.name.startswith("_")]
         assert list(catalogue.everything()[kind]) == [f.stem for f in files] and files
         for file in files:

@@ -339,6 +339,41 @@ def test_schema_accepts_what_the_models_accept(run: Path) -> None:
         assert not check.is_valid(wrong), wrong
 
 
+def test_schema_accepts_every_preset_and_knows_every_method() -> None:
+    check = jsonschema.Draft202012Validator(json.loads(json.dumps(config_help.schema())))
+    presets = {name: loading.read(name).data for name in loading.presets()}
+    assert "multireward" in presets["shapes_marble"]
+    for name, data in presets.items():
+        errors = [f"{name}: {error.json_path}: {error.message}" for error in check.iter_errors(data)]
+        assert not errors, errors
+    marble = presets["shapes_marble"]
+    for good in ("marble", None, {"name": "pcgrad"}, {"name": "my.own", "x": 1}):
+        check.validate({**marble, "multireward": good})
+    for wrong in ({"name": "marble", "evry": 1}, {"name": "pcgrad", "every": 1}, {"name": "marble", "every": "1"}):
+        assert not check.is_valid({**marble, "multireward": wrong}), wrong
+
+
+def test_mistakes_in_multireward_name_its_own_keys(run: Path) -> None:
+    two = ["algorithm=nft", "sampling={kernel: dpm2}", "rewards=[jpeg, geneval]"]
+    said = complaint(*two, "multireward={name: marble, unit: 1}")
+    assert "multireward.unit: unknown key; known: name, alphas, every, " in said
+    assert complaint(*two, "multireward={name: marble, evry: 1}").endswith("unknown key; did you mean 'every'?")
+    assert complaint(*two, "multireward={name: pcgrad, unit: 1}").endswith("multireward.unit: unknown key; known: name")
+    explained = config_help.explain("multireward.every", {})
+    assert explained.startswith("multireward.every = 10: ")
+    assert explained == config_help.explain("multireward.every", {"multireward": "marble"})
+    assert "\n  [Marble] warmup: " in config_help.explain("multireward", {})
+
+
+def test_an_override_reaches_inside_a_method_that_was_named_alone(run: Path) -> None:
+    two = ["algorithm=nft", "sampling={kernel: dpm2}", "rewards=[jpeg, geneval]"]
+    given = [*two, "multireward=marble", "multireward.every=5", "curriculum=stratified", "curriculum.by=tag"]
+    config = loading.load(str(run), given)
+    assert config.multireward is not None
+    assert (config.multireward.name, config.multireward.model_dump()["every"]) == ("marble", 5)
+    assert (config.curriculum.name, config.curriculum.model_dump()["by"]) == ("stratified", "tag")
+
+
 def test_a_configuration_is_frozen(run: Path) -> None:
     config = loading.load(str(run))
     for section, key in ((config, "seed"), (config.trainer, "epochs"), (config.rewards[0], "weight")):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffalign.advantages.group import Group
 from diffalign.curriculums import Curriculum, k_repeat
-from diffalign.curriculums.stratified import Stratified, quotas
+from diffalign.curriculums.stratified import Stratified, quotas, rounded
 from diffalign.curriculums.uniform import Uniform
 from diffalign.curriculums.variance import Variance
 from diffalign.listing import available
@@ -189,39 +189,65 @@ def strata(curriculum: Stratified, count: int, prompts: list[dict[str, Any]] = T
 @pytest.mark.parametrize(
     ("sizes", "weights", "count", "expected"),
     [
-        ((9, 9, 9), (1, 1, 1), 6, [2, 2, 2]),
-        ((9, 9, 9), (1, 1, 1), 5, [2, 2, 1]),  # ties to the first
-        ((9, 9, 9), (1, 1, 1), 1, [1, 0, 0]),
-        ((9, 9, 9), (1, 2, 3), 9, [2, 3, 4]),  # 1.5, 3, 4.5: again the first
-        ((9, 9, 9), (5, 3, 1), 4, [2, 1, 1]),  # 2.22, 1.33, 0.44: the largest remainder is not the largest weight's
-        ((9, 9), (1, 3), 2, [1, 1]),  # 0.5, 1.5
-        ((9, 9), (0, 3), 4, [0, 4]),
-        ((1, 9, 9), (1, 1, 1), 8, [1, 4, 3]),  # what is missing goes to the others, by the same rule
-        ((1, 2, 9), (4, 2, 1), 10, [1, 2, 7]),  # even when they too are then too small
-        ((1, 2, 9, 9), (4, 2, 1, 0), 12, [1, 2, 9, 0]),
-        ((3, 3), (1, 1), 6, [3, 3]),
+        ((9, 9, 9), (1, 1, 1), 6, ["2", "2", "2"]),
+        ((9, 9, 9), (1, 1, 1), 5, ["5/3", "5/3", "5/3"]),
+        ((9, 9, 9), (1, 2, 3), 9, ["3/2", "3", "9/2"]),
+        ((9, 9), (0, 3), 4, ["0", "4"]),
+        ((1, 9, 9), (1, 1, 1), 8, ["1", "7/2", "7/2"]),  # what is missing goes to the others, by the same rule
+        ((2, 9, 9), (1, 1, 1), 7, ["2", "5/2", "5/2"]),  # also if it is less than one prompt
+        ((1, 2, 9), (4, 2, 1), 10, ["1", "2", "7"]),  # even when they too are then too small
+        ((1, 2, 9, 9), (4, 2, 1, 0), 12, ["1", "2", "9", "0"]),
+        ((3, 3), (1, 1), 6, ["3", "3"]),
     ],
 )
-def test_quotas(sizes: tuple[int, ...], weights: tuple[int, ...], count: int, expected: list[int]) -> None:
-    assert quotas(sizes, [Fraction(w) for w in weights], count) == expected
+def test_quotas(sizes: tuple[int, ...], weights: tuple[int, ...], count: int, expected: list[str]) -> None:
+    assert quotas(sizes, [Fraction(w) for w in weights], count) == [Fraction(share) for share in expected]
 
 
-def test_quotas_are_the_nearest_whole_numbers_to_their_shares() -> None:
-    """While no stratum is too small: the sum is right, and none is further than 1 from its share."""
+def test_quotas_are_rounded_to_a_neighbour_and_right_on_average() -> None:
+    """Exactly, over offsets spaced evenly as finely as the shares themselves."""
     generator = seeded(5)
-    for count in range(40):
-        weights = [Fraction(int(w)) for w in torch.randint(1, 30, (5,), generator=generator)]
-        found = quotas([99] * 5, weights, count)
-        assert sum(found) == count
-        assert all(abs(n - count * w / sum(weights)) < 1 for n, w in zip(found, weights, strict=True))
+    for count in range(12):
+        weights = [Fraction(int(w)) for w in torch.randint(1, 6, (5,), generator=generator)]
+        shares = quotas([99] * 5, weights, count)
+        parts = int(sum(weights))
+        found = [rounded(shares, Fraction(2 * i + 1, 2 * parts)) for i in range(parts)]
+        assert {sum(taken) for taken in found} == {count}
+        for share, taken in zip(shares, zip(*found, strict=True), strict=True):
+            assert Fraction(sum(taken), parts) == share
+            assert set(taken) <= {math.floor(share), math.ceil(share)}
+
+
+@pytest.mark.parametrize(
+    ("shares", "count"), [({}, 4), ({}, 2), ({}, 16), ({"c": 0.05, "a": 2, "f": 0}, 4), ({"a": 0.001}, 6)]
+)
+def test_every_stratum_has_its_share_over_epochs(shares: dict[str, float], count: int) -> None:
+    """With fewer prompts than strata too; within an epoch it is less than a prompt from it."""
+    names = [name for name in "abcdef" for _ in range(8)]
+    prompts = [{"prompt": f"prompt {i}", "source": name} for i, name in enumerate(names)]
+    weights = {name: shares.get(name, 1.0) for name in "abcdef"}
+    curriculum = stratified(shares=weights if shares else {})
+    state, generator, epochs = curriculum.start(prompts), seeded(1), 1200
+    total, pairs = Counter[str](), set()
+    for _ in range(epochs):
+        taken = Counter(names[p] for p in curriculum.draw(len(prompts), count, generator, state).tolist())
+        for name, weight in weights.items():
+            assert abs(taken[name] - count * weight / sum(weights.values())) < 1
+        total += taken
+        pairs |= {frozenset((a, b)) for a in taken for b in taken if a != b}
+    for name, weight in weights.items():
+        expected = count * weight / sum(weights.values())
+        assert total[name] / epochs == pytest.approx(expected, abs=0.06)  # 4 standard errors
+    assert shares or len(pairs) == 15, "every two strata meet"
 
 
 def test_strata_are_alike_or_as_they_are_weighed() -> None:
-    assert strata(STRATIFIED, 5) == {"a": 3, "b": 2}
+    some = [strata(STRATIFIED, 5, seed=seed) for seed in range(20)]
+    assert all(taken in ({"a": 3, "b": 2}, {"a": 2, "b": 3}) for taken in some) and some.count(some[0]) < 20
     assert strata(stratified(by="tag"), 6) == {"x": 2, "y": 2, "z": 2}
     assert strata(stratified(by="tag"), 9) == {"x": 5, "y": 2, "z": 2}
     assert strata(stratified(by="tag", shares={"x": 1, "z": 1, "y": 0}), 4) == {"x": 2, "z": 2}
-    assert strata(stratified(shares={"b": 0.1, "a": 0.3}), 2) == {"a": 2}, "0.5 and 1.5: the tie is the first's"
+    assert strata(stratified(shares={"b": 0.1, "a": 0.3}), 4) == {"a": 3, "b": 1}, "0.1 + 0.3 is 0.4"
     numbers = [{"prompt": "p", "level": level} for level in (1, 1, 2, True)]
     assert strata(stratified(by="level", shares={"1": 1, "2": 0, "true": 1}), 2, numbers) == {"1": 1, "True": 1}
 
@@ -243,9 +269,9 @@ def test_strata_that_hold_too_few() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"by": "kind"}, "needs a kind of every prompt, and 'prompt 0' has none; add it to their metadata, or set"),
+        ({"by": "kind"}, "every prompt needs a kind, and 'prompt 0' has none; add it to their metadata, or take"),
         ({"shares": {"a": 1, "b": 1, "c": 1}}, "no prompt has the source 'c'; known: a, b"),
-        ({"by": "tag", "shares": {"x": 1, "z": 1}}, "leaves out the tag 'y'; give it a weight, 0 for none of its"),
+        ({"by": "tag", "shares": {"x": 1, "z": 1}}, "the tag 'y' is left out; give it a weight, 0 for none of its"),
         ({"shares": {"a": 0, "b": 0}}, "every stratum has weight 0; raise one"),
         ({"shares": {"a": -1, "b": 1}}, "shares.a: input should be greater than or equal to 0"),
         ({"shares": {"a": math.inf, "b": 1}}, "shares.a: input should be a finite number"),
@@ -258,7 +284,7 @@ def test_strata_that_do_not_suit_the_prompts(options: dict[str, Any], said: str)
 
 def test_the_first_prompt_without_a_source_is_named() -> None:
     prompts = [*TEN, {"prompt": "a cat", "source": None}, {"prompt": "a dog"}]
-    with pytest.raises(UserError, match="needs a source of every prompt, and 'a cat' has none; list several files in"):
+    with pytest.raises(UserError, match="every prompt needs a source, and 'a cat' has none; list several files in"):
         STRATIFIED.start(prompts)
 
 

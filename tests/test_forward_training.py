@@ -42,6 +42,10 @@ METHODS = {
     "raft": f"{{name: raft, {LEVELS}, kl: 0.1}}",
 }
 ESTIMATOR = {"nft": "group", "awm": "group", "raft": "sft"}
+SHARED = (  # the first step is split whole, the third at one of two noise levels, the others are mixed
+    "rewards=[reward_functions.redness, jpeg, {name: reward_functions.sometimes, weight: 2}]",
+    "multireward={name: marble, every: 2}",
+)
 SEVERAL = ("trainer.updates_per_rollout=2", "trainer.passes=2")
 
 
@@ -112,9 +116,16 @@ def test_resume_is_exact(start: Any, method: str) -> None:
     assert ends[:3] == ends[3:]
 
 
-def test_two_processes_equal_one(start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [(), SHARED], ids=["one reward", "marble"])
+def test_two_processes_equal_one(start: Any, tmp_path: Path, shared: tuple[str, ...]) -> None:
     """Three images in two updates: shares are uneven, and of the second a process has nothing to train."""
-    several = ["trainer.prompts=1", "trainer.micro_batch=2", "trainer.updates_per_rollout=2", "trainer.lr=1e-4"]
+    several = [
+        "trainer.prompts=1",
+        "trainer.micro_batch=2",
+        "trainer.updates_per_rollout=2",
+        "trainer.lr=1e-4",
+        *shared,
+    ]
     one, two = start("nft", "two", *several, f"output={tmp_path / 'one'}"), tmp_path / "two"
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "configs/accelerate/cpu.yaml"), "--main_process_port", str(free_port())]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diffalign.algorithms._forward import Noised, squared
 from diffalign.algorithms._shadow import Decay, Shadow
-from diffalign.algorithms.awm import AWM, awm_loss, drift
+from diffalign.algorithms._weighted_matching import awm_loss, drift
+from diffalign.algorithms.awm import AWM
 from diffalign.algorithms.nft import NFT, implicit, matching, nft_loss, probability
 from diffalign.ema import EMA
 from diffalign.schedules import noised

@@ -108,7 +108,7 @@ def test_refresh_schedule(case: dict[str, Any]) -> None:
                 solved = step
     assert solves == case["full_solves"]
     method = Marble(name="marble", every=case["every"], warmup=case["warmup"])
-    state, ours, one = method.start(2), [], torch.ones(2, dtype=torch.float64)
+    state, ours, one = method.start(2, 0), [], torch.ones(2, dtype=torch.float64)
     for step in range(case["steps"]):
         if method.lead(state) != 0:
             ours.append(step)

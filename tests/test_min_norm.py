@@ -206,3 +206,12 @@ def test_a_failed_solve_gives_equal_shares() -> None:
     assert found.fallback == "solver_failed"
     assert found.alphas.tolist() == pytest.approx([1 / 3] * 3)
     assert found.coefficients.tolist() == pytest.approx([7 / 9, 7 / 18, 7 / 36])  # mean norm 7/3, over 3 |g_k|
+
+
+def test_the_result_does_not_depend_on_what_was_solved_before() -> None:
+    """To the last bit, or a resumed run would differ."""
+    generator = torch.Generator().manual_seed(0)
+    grams = [vectors @ vectors.T for vectors in torch.randn(8, 3, 5, generator=generator, dtype=torch.float64)]
+    forwards = [min_norm(gram) for gram in grams]
+    backwards = [min_norm(gram) for gram in reversed(grams)]
+    assert all(torch.equal(a, b) for a, b in zip(forwards, reversed(backwards), strict=True))

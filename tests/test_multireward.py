@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign import loading, trainer
-from diffalign.balancing import Meter, back_propagate
+from diffalign.balancing import Meter, Work, back_propagate
 from diffalign.clock import Clock
 from diffalign.interrupt import Interrupt
 from diffalign.judging import advantages
 from diffalign.multireward.marble import Marble, due
-from diffalign.multireward.pcgrad import PCGrad
+from diffalign.multireward.pcgrad import ORDER, PCGrad
 from diffalign.overlap import Early
 from diffalign.rewards import score
+from diffalign.rollout import sample_seed
 from diffalign.run import Run, prepare
 from diffalign.types import Rollout, UserError
 from diffalign.update import TrainedPolicy
@@ -75,8 +77,8 @@ def judged(run: Run) -> tuple[Rollout, TrainedPolicy]:
 def gradient(run: Run, rollout: Rollout, policy: TrainedPolicy, micro_batch: int, meter: Meter | None = None) -> Tensor:
     """What one step back-propagates, flattened."""
     batches = [rollout[rows] for rows in torch.arange(len(rollout)).split(micro_batch)]
-    work = [(batch, run.config.algorithm.losses(policy, batch, run.memory)) for batch in batches]
-    back_propagate(run, work, rollout, len(rollout), meter or Meter())
+    work = [Work(batch, run.config.algorithm.losses(policy, batch, run.memory)) for batch in batches]
+    back_propagate(run.balancer, work, rollout.separate, len(rollout), meter or Meter())
     flat = torch.cat([p.grad.flatten() for p in run.parameters.values() if p.grad is not None])
     run.optimizer.zero_grad()
     return flat
@@ -111,9 +113,9 @@ def moved(settings: Any) -> Iterator[tuple[Run, Rollout, TrainedPolicy]]:
 
 
 def with_method(run: Run, **options: Any) -> Run:
+    assert run.balancer is not None
     method = Marble(name="marble", **options)
-    states = {**run.states, "multireward": method.start(len(run.groups))}
-    return replace(run, config=run.config.model_copy(update={"multireward": method}), states=states)
+    return replace(run, balancer=replace(run.balancer, method=method, state=method.start(len(NAMES), 0)))
 
 
 def test_each_reward_has_its_own_advantages(moved: Any) -> None:
@@ -155,8 +157,8 @@ def test_between_solves_one_backward_is_the_mixture_of_all(moved: Any) -> None:
     run, rollout, policy = moved
     rollout.separate = {name: a.nan_to_num(0.0) for name, a in rollout.separate.items()}
     run = with_method(run)
-    run.states["multireward"] |= {"alphas": torch.tensor([0.2, 0.5, 0.3]).double(), "solved": torch.tensor(3)}
-    run.states["multireward"]["step"] = torch.tensor(5)
+    run.balancer.state.update(alphas=torch.tensor([0.2, 0.5, 0.3]).double(), solved=torch.tensor(3))
+    run.balancer.state["step"] = torch.tensor(5)
     meter = Meter()
     actual = gradient(run, rollout, policy, 4, meter)
     own = torch.stack([alone(run, rollout, policy, name, 0, 2) for name in NAMES])
@@ -169,8 +171,8 @@ def test_a_solve_on_the_first_noise_level_mixes_the_second(moved: Any) -> None:
     run, rollout, policy = moved
     run = with_method(run, warmup=0, losses=1)
     actual = gradient(run, rollout, policy, 4)
-    alphas = run.states["multireward"]["alphas"]
-    assert int(run.states["multireward"]["solved"]) == 0 and int(run.states["multireward"]["step"]) == 1
+    alphas = run.balancer.state["alphas"]
+    assert int(run.balancer.state["solved"]) == 0 and int(run.balancer.state["step"]) == 1
     first = torch.stack([alone(run, rollout, policy, name, 0, 1) for name in NAMES]).double()
     norms = first.norm(dim=1)
     solved = (alphas / norms) @ first * norms.mean()
@@ -183,6 +185,51 @@ def test_a_solve_on_the_first_noise_level_mixes_the_second(moved: Any) -> None:
     run.optimizer.zero_grad()
     expected = solved.float() + rest + alone(run, rollout, policy, None, 0, 2)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+class Saved:
+    """Bytes that autograd holds for a backward pass, at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        held, size = [tensor], tensor.numel() * tensor.element_size()
+        self.now += size
+        self.most = max(self.most, self.now)
+        handle = Handle(held)
+        weakref.finalize(handle, self.free, size)
+        return handle
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+class Handle:
+    def __init__(self, held: list[Tensor]) -> None:
+        self.held = held
+
+
+@pytest.mark.parametrize("losses", [1, None])
+def test_the_micro_batch_bounds_the_memory_of_a_solve(moved: Any, losses: int | None) -> None:
+    """Also while the losses that a solve leaves wait for the other micro-batches."""
+    run, rollout, policy = moved
+    most = {}
+    for micro_batch in (6, 1):
+        saved = Saved()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda handle: handle.held[0]):
+            gradient(with_method(run, warmup=0, losses=losses), rollout, policy, micro_batch)
+        most[micro_batch] = saved.most
+    assert most[1] < most[6] / 3, most
+
+
+def test_a_solve_with_a_gradient_that_is_not_finite_stops_the_run(settings: Any) -> None:
+    exploding = [
+        "algorithm={name: reward_functions.Exploding}",
+        "sampling={steps: 4, kernel: cps, height: 32, width: 32}",
+    ]
+    with pytest.raises(UserError, match="gradients of epoch 1 are not finite"):
+        trainer.train(settings("wild", *exploding, "multireward={name: marble, every: 1, losses: null}"))
 
 
 def test_rescaled_mixtures_point_where_the_solve_did(moved: Any) -> None:
@@ -201,7 +248,7 @@ def test_rescaled_mixtures_point_where_the_solve_did(moved: Any) -> None:
 
 def test_schedule() -> None:
     method = Marble(name="marble", every=10, warmup=1, losses=1)
-    state = method.start(2)
+    state = method.start(2, 0)
     importance, applies, leads = torch.ones(2).double(), torch.ones(2).double(), []
     for _ in range(25):
         leads.append(method.lead(state))
@@ -215,10 +262,14 @@ def test_schedule() -> None:
 
 def test_dropout_leaves_a_reward_out_of_a_solve_but_never_all() -> None:
     method = Marble(name="marble", dropout=0.5)
-    kept = torch.stack([method.kept(3, step) for step in range(400)])
-    assert bool(kept.any(1).all()) and torch.equal(kept[7], method.kept(3, 7))
+    every = torch.ones(3, dtype=torch.bool)
+    kept = torch.stack([method.kept(every, 0, step) for step in range(400)])
+    assert bool(kept.any(1).all()) and torch.equal(kept[7], method.kept(every, 0, 7))
+    assert not torch.equal(kept, torch.stack([method.kept(every, 1, step) for step in range(400)])), "seeds differ"
+    with_gradient = torch.tensor([False, True, False])
+    assert all(bool(method.kept(with_gradient, 0, step)[1]) for step in range(50))
     assert 0.5 < float(kept.double().mean()) < 0.6  # 1/2, and what keeping one at least adds: 1/24
-    state = method.start(3)
+    state = method.start(3, 0)
     step = next(i for i in range(400) if kept[i].tolist() == [True, False, True])
     state["step"] = torch.tensor(step)
     coefficients = method.coefficients(torch.eye(3).double(), torch.ones(3).double(), state)
@@ -228,13 +279,13 @@ def test_dropout_leaves_a_reward_out_of_a_solve_but_never_all() -> None:
 def test_weights_ask_for_cosines() -> None:
     """With orthogonal gradients, a reward of twice the weight gets twice the cosine."""
     method = Marble(name="marble")
-    c = method.coefficients(torch.eye(2).double(), torch.tensor([2.0, 1.0]).double(), method.start(2))
+    c = method.coefficients(torch.eye(2).double(), torch.tensor([2.0, 1.0]).double(), method.start(2, 0))
     assert float(c[0] / c[1]) == pytest.approx(2, rel=1e-5)
 
 
 def test_fixed_alphas_are_the_weights() -> None:
     method = Marble(name="marble", alphas="fixed")
-    state = method.start(3)
+    state = method.start(3, 0)
     assert method.lead(state) == 0
     mixture = method.mixture(torch.tensor([1.0, 2.0, 1.0]).double(), torch.ones(3).double(), state)
     assert mixture.tolist() == [0.25, 0.5, 0.25]
@@ -245,9 +296,9 @@ def test_pcgrad_is_the_projection_of_vectors(rewards: int) -> None:
     generator = torch.Generator().manual_seed(rewards)
     gradients = torch.randn(rewards, 4, generator=generator, dtype=torch.float64)
     method = PCGrad(name="pcgrad")
-    state = method.start(rewards)
+    state = method.start(rewards, 0)
     actual = method.coefficients(gradients @ gradients.T, torch.ones(rewards).double(), state) @ gradients
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator().manual_seed(sample_seed(0, 0, rewards, ORDER))
     total = torch.zeros(4, dtype=torch.float64)
     for i in range(rewards):
         own = gradients[i].clone()
@@ -315,6 +366,9 @@ def test_grpo_can_split_all_its_losses(settings: Any) -> None:
         ("multireward={name: marble, groups: {jpeg: [redness]}}", "name of a reward outside it"),
         ("multireward={name: marble, groups: {a: []}}", "a group is empty"),
         ("multireward={name: marble, alphas: fixed, every: 3}", "every has no effect"),
+        ("multireward={name: marble, every: 1, losses: null, momentum: 0.5}", "momentum has no effect"),
+        ("multireward={name: marble, losses: 3}", "3 asked for, but each image has 2 losses"),
+        ("advantage={name: group, combine: min}", "combine: has no effect"),
         ("multireward={name: marble, rescale: true, normalize: false}", "rescale has no effect"),
         ("multireward={name: marbel}", "did you mean 'marble'"),
         ("algorithm={name: nft, mode: binary}", "must be affine"),

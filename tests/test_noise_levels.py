@@ -10,7 +10,7 @@ import torch
 from forward_process import images, small
 from torch import Tensor
 
-from diffalign.algorithms._forward import Timesteps
+from diffalign.algorithms._timesteps import Timesteps
 from diffalign.algorithms.nft import NFT
 from diffalign.schedules import plain_sigmas
 from diffalign.sections import Sampling

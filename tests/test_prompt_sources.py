@@ -146,6 +146,33 @@ def test_a_run_draws_by_source_scores_by_source_and_resumes() -> None:
 
 
 @pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("curriculum.by=tag", "curriculum.by: every prompt needs a tag, and 'a cat' has none; add it to their metadata, or take another key"),
+        ("curriculum.shares={one: 1, tow: 1, farm: 1, two: 1}", "curriculum.shares.tow: no prompt has the source 'tow'; did you mean 'two'?"),
+        ("curriculum.shares={one: 1, two: 1}", "curriculum.shares: the source 'farm' is left out; give it a weight, 0 for none of its prompts"),
+        ("curriculum.shares={one: 0, two: 1, farm: 1}", "trainer.prompts: 3 prompts asked for an epoch, but the strata with a share hold 2; ask for 2 or fewer, or raise curriculum.shares"),
+    ],
+)  # fmt: skip
+def test_a_curriculum_that_does_not_suit_the_prompts_is_found_with_the_configuration(override: str, said: str) -> None:
+    place = "run.yaml:11" if said.startswith("trainer.prompts") else f"override {override}"
+    assert complaint(override) == f"{place}: {said}"
+
+
+@pytest.mark.usefixtures("run")
+def test_strata_need_sources_and_other_mistakes_stand_beside_theirs() -> None:
+    lines = complaint("prompts.train=one.txt", "trainer.prompts=5").splitlines()
+    assert lines == [
+        "override trainer.prompts=5: trainer.prompts: 5 prompts asked, but 'one.txt' holds 4; ask for 4 or fewer",
+        "run.yaml:9: rewards.1.only: scores no training prompt: `only` asks for their 'source', and none has one; known: "
+        "prompt",
+        "run.yaml:4: curriculum.by: every prompt needs a source, and 'a cat' has none; list several files in "
+        "prompts.train, or take a key of their metadata",
+    ]
+
+
+@pytest.mark.usefixtures("run")
 def test_a_run_refuses_what_no_prompt_suits_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     def untouched(*args: Any) -> None:
         raise AssertionError("the model was loaded")
@@ -157,6 +184,7 @@ def test_a_run_refuses_what_no_prompt_suits_before_it_loads_anything(monkeypatch
     reward = config.rewards[1].model_copy(update={"only": {"source": "tow"}})
     with pytest.raises(UserError, match=f"reward 'jpeg' {said[:-1]}"):
         trainer.train(config.model_copy(update={"rewards": (config.rewards[0], reward)}))
-    with pytest.raises(UserError, match="no prompt has the source 'three'; known: farm, one, two"):
-        trainer.train(loading.load("run.yaml", ["curriculum.shares={one: 1, two: 1, three: 1, farm: 1}"]))
+    curriculum = config.curriculum.model_copy(update={"by": "tag"})
+    with pytest.raises(UserError, match=r"curriculum\.by: every prompt needs a tag, and 'a cat' has none; add it to"):
+        trainer.train(config.model_copy(update={"curriculum": curriculum}))
     assert not Path("run").exists()

@@ -29,6 +29,11 @@ def policy_loss(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
     return (-advantages * ratio).maximum(-advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
+def weighted_policy_loss(ratio: Tensor, clip: float, weight: float, advantages: Tensor) -> Tensor:
+    """One step's share of the loss of an image, as a function of the advantages."""
+    return weight * policy_loss(advantages, ratio, clip)
+
+
 def guarded_ratio(taken: Step, old_log_prob: Tensor, old_mean: Tensor) -> Tensor:
     """rho = exp(S (log p - log p_old + mean_d (mu - mu_old)^2 / (2 S^2))) = exp(mean_d (mu - mu_old) z), [B].
 

@@ -83,12 +83,16 @@ class Shadow(Memory):
     def state_dict(self) -> dict[str, Tensor]:
         import torch
 
-        return {"": torch.tensor(self.steps), **self.old}
+        return {"steps": torch.tensor(self.steps), **self.old}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         import torch
 
-        self.steps = int(state[""])
+        if "steps" not in state:
+            raise ValueError(
+                "it was saved without a copy of the weights; resume with the algorithm's settings as they were"
+            )
+        self.steps = int(state["steps"])
         for name, old in self.old.items():
             old.copy_(state[name])
         self.equal = all(torch.equal(old, self.parameters[name].detach()) for name, old in self.old.items())

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffalign.algorithms import Memory, Policy
-from diffalign.algorithms._forward import ForwardProcess, Noised, Timesteps, reference_velocity, squared
-from diffalign.algorithms._policy_gradient import policy_loss
+from diffalign.algorithms._forward import ForwardProcess, Noised, reference_velocity, squared
 from diffalign.algorithms._shadow import Decay, Shadow
+from diffalign.algorithms._timesteps import Timesteps
+from diffalign.algorithms._weighted_matching import Weighting, awm_loss, drift, log_likelihood
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from diffalign.types import Denoiser, Rollout
-
-TINY = 1e-10  # keeps the roots of the Huber weightings smooth at 0
-Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
 
 class KL(BaseModel):
@@ -88,7 +86,7 @@ class AWM(ForwardProcess):
         return own
 
     def affine(self, updates: int) -> bool:
-        return True
+        return updates == 1 or self.clip >= 1  # rho is 1, or between 0 and 2 unless the weights leap
 
     def start(self, pipeline: Any, parameters: dict[str, nn.Parameter]) -> Memory:
         return Shadow(parameters, self.slow, "step", acts=False) if self.anchor else Memory()
@@ -126,27 +124,3 @@ class AWM(ForwardProcess):
             metrics["anchor"] = squared(eps - x0, slow_eps - slow_x0)
             penalties.append(self.anchor * metrics["anchor"])
         return objective, torch.stack(penalties).sum(0) if penalties else None, metrics
-
-
-def log_likelihood(error: Tensor, t: Tensor, weighting: Weighting, power: float) -> Tensor:
-    """-w(l, t); error l [B], t [B]."""
-    if weighting == "uniform":
-        return -error
-    if weighting == "t":
-        return -t * error
-    if weighting == "t2":
-        return -t.square() * error
-    p, scale = (0.5, t) if weighting == "huber" else (power, t / power)
-    log_prob: Tensor = -scale * ((error + TINY).pow(p) - TINY**p)
-    return log_prob
-
-
-def awm_loss(ratio: Tensor, clip: float, advantage_clip: float, advantages: Tensor) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) with A = clip(A, -c, c) / c, [B]."""
-    return policy_loss(advantages.clamp(-advantage_clip, advantage_clip) / advantage_clip, ratio, clip)
-
-
-def drift(velocity: Tensor, reference: Tensor, t: Tensor, norm: str) -> Tensor:
-    """mean_d (v - v_ref)^2, with elbo over 2 s^2, s = 0.7 sqrt(t / (1 - min(t, 0.99))); [B]."""
-    distance = squared(velocity, reference)
-    return distance / (2 * 0.49 * t / (1 - t.clamp(max=0.99))) if norm == "elbo" else distance

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import ConfigDict, Field
 
 from diffalign.algorithms import Algorithm, Loss, Memory, Policy
-from diffalign.algorithms._policy_gradient import KL, guarded_ratio, mean_kl, policy_loss
+from diffalign.algorithms._policy_gradient import KL, guarded_ratio, mean_kl, weighted_policy_loss
 from diffalign.windows import Window
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class GRPO(Algorithm):
                 ratio, length = guarded_ratio(taken, old, mean), float(batch.sigmas[i] - batch.sigmas[i + 1])
             else:
                 ratio, length = (taken.log_prob - old).exp(), 1.0
-            objective = partial(self.objective, ratio=ratio, scale=length * len(batch.kept))
+            objective = partial(weighted_policy_loss, ratio, self.clip, 1 / (length * len(batch.kept)))
             metrics = {
                 "ratio": ratio.detach(),
                 "clip_fraction": ((ratio.detach() - 1).abs() > self.clip).float(),
@@ -126,10 +126,6 @@ class GRPO(Algorithm):
                 metrics["kl"] = kl.detach()
             share = {name: m / len(batch.kept) for name, m in metrics.items()}
             yield Loss(objective, batch.advantages, penalty, share)
-
-    def objective(self, advantages: Tensor, ratio: Tensor, scale: float) -> Tensor:
-        """[B]; `scale` divides."""
-        return policy_loss(advantages, ratio, self.clip) / scale
 
     @staticmethod
     def score(denoiser: Denoiser, policy: Policy, batch: Rollout, k: int) -> tuple[Step, Tensor]:

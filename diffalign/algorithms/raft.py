@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import ConfigDict, Field
 
 from diffalign.algorithms import Memory, Policy
-from diffalign.algorithms._forward import ForwardProcess, Noised, Timesteps, reference_velocity, squared
+from diffalign.algorithms._forward import ForwardProcess, Noised, reference_velocity, squared
+from diffalign.algorithms._timesteps import Timesteps
 
 if TYPE_CHECKING:
     from torch import Tensor

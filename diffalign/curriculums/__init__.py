@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffalign.methods import Method
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 class Curriculum(Method):
     """Base of every curriculum."""
 
+    def conflicts(self, prompts: Sequence[Mapping[str, Any]], count: int) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(key, sentence) for what does not suit the training set, given as its prompts' metadata, or an epoch of
+        `count` of them, which are not more than there are; found before a model is loaded."""
+        yield from ()
+
     def start(self, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """What it remembers of the training set, given as its prompts' metadata; checkpoints keep it."""
+        """What it remembers of the training set, likewise given; checkpoints keep it. UserError if it does not suit."""
         return {}
 
     def draw(self, prompts: int, count: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from math import floor
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 
 class Stratified(Curriculum):
-    """Of n prompts, stratum s gives n w_s / sum w by largest remainder; which ones, uniformly without replacement.
+    """Of n prompts, stratum s gives q_s = n w_s / sum w, rounded at random to one of its two neighbours so that it is
+    q_s on average over epochs; which prompts, uniformly without replacement.
 
-    A stratum with fewer prompts gives all of them, and the others share the rest in the same way. MARBLE (arXiv
+    A stratum that holds fewer prompts gives all of them, and the others share the rest in the same way. MARBLE (arXiv
     2605.06507) so mixes prompts that its rewards apply to differently.
     """
 
@@ -39,20 +42,34 @@ class Stratified(Curriculum):
             raise ValueError("every stratum has weight 0; raise one, or leave shares out to take all alike")
         return shares
 
+    def conflicts(self, prompts: Sequence[Mapping[str, Any]], count: int) -> Iterator[tuple[tuple[str, ...], str]]:
+        strata = [label(entry, self.by) for entry in prompts]
+        if None in strata:
+            text, remedy = prompts[strata.index(None)]["prompt"], "add it to their metadata, or take another key"
+            if self.by == "source":
+                remedy = "list several files in prompts.train, or take a key of their metadata"
+            yield ("curriculum", "by"), f"every prompt needs a {self.by}, and {text!r} has none; {remedy}"
+            return
+        sizes = Counter(map(str, strata))
+        known = sorted(sizes)
+        shares = self.shares or dict.fromkeys(known, 1.0)
+        for name in sorted(shares.keys() - sizes.keys()):
+            yield ("curriculum", "shares", name), f"no prompt has the {self.by} '{name}'; {nearest(name, known)}"
+        for name in sorted(sizes.keys() - shares.keys()):
+            said = f"the {self.by} '{name}' is left out; give it a weight, 0 for none of its prompts"
+            yield ("curriculum", "shares"), said
+        held = sum(size for name, size in sizes.items() if shares.get(name, 1.0))
+        if count > held:
+            yield ("trainer", "prompts"), too_few(count, held)
+
     def start(self, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """[P] int64, each prompt's number in the sorted strata. UserError if `by` or `shares` does not suit them."""
         import torch
 
-        strata = [self._stratum(entry) for entry in prompts]
-        known = sorted(set(strata))
-        if self.shares:
-            for name in sorted(self.shares.keys() - set(known)):
-                raise UserError(f"curriculum.shares: no prompt has the {self.by} '{name}'; {nearest(name, known)}")
-            for name in sorted(set(known) - self.shares.keys()):
-                raise UserError(
-                    f"curriculum.shares leaves out the {self.by} '{name}'; give it a weight, 0 for none of its prompts"
-                )
-        number = {name: i for i, name in enumerate(known)}
+        for key, said in self.conflicts(prompts, 0):
+            raise UserError(f"{'.'.join(key)}: {said}")
+        strata = [str(label(entry, self.by)) for entry in prompts]
+        number = {name: i for i, name in enumerate(sorted(set(strata)))}
         return {self._kept: torch.tensor([number[name] for name in strata], dtype=torch.int64)}
 
     def choose(self, prompts: int, count: int, generator: torch.Generator, state: dict[str, Tensor]) -> Tensor:
@@ -72,52 +89,49 @@ class Stratified(Curriculum):
                 f"the curriculum remembers {len(stratum)} prompts in {len(sizes)} strata, which are not those that "
                 "there are; resume with the prompts that the run began with"
             )
+        shares = quotas(sizes, weights, count)
         order = torch.randperm(prompts, generator=generator)
-        taken = quotas(sizes, weights, count)
-        return torch.cat([order[stratum[order] == s][:n] for s, n in enumerate(taken)])
+        turns = torch.randperm(len(sizes), generator=generator).tolist()  # in one order, neighbours would never meet
+        offset = Fraction(float(torch.rand((), generator=generator, dtype=torch.float64)))
+        taken = zip(turns, rounded([shares[s] for s in turns], offset), strict=True)
+        return torch.cat([order[stratum[order] == s][:n] for s, n in taken])
 
     @property
     def _kept(self) -> str:
         return f"stratum/{self.by}"
 
-    def _stratum(self, entry: Mapping[str, Any]) -> str:
-        name = label(entry, self.by)
-        if name is not None:
-            return name
-        remedy = "add it to their metadata, or set curriculum.by to another key"
-        if self.by == "source":
-            remedy = "list several files in prompts.train, or set curriculum.by to a key of their metadata"
-        raise UserError(
-            f"curriculum 'stratified' needs a {self.by} of every prompt, and {entry['prompt']!r} has none; {remedy}"
-        )
 
-
-def quotas(sizes: Sequence[int], weights: Sequence[Fraction], count: int) -> list[int]:
-    """How many of `count` prompts each stratum gives, never more than its size; UserError if they are too few."""
-    found = [0] * len(sizes)
+def quotas(sizes: Sequence[int], weights: Sequence[Fraction], count: int) -> list[Fraction]:
+    """Of `count` prompts, the share of each stratum: in proportion to its weight, but never more than its size, what is
+    over going to the others likewise. UserError if all those of a weight are too few."""
+    found = [Fraction(0)] * len(sizes)
     left = [s for s, weight in enumerate(weights) if weight]
     held = sum(sizes[s] for s in left)
     if count > held:
-        raise UserError(
-            f"{count} prompts asked for an epoch, but the strata with a share hold {held}; ask for {held} or fewer, or "
-            "raise curriculum.shares"
-        )
+        raise UserError(too_few(count, held))
     while True:
-        asked = largest_remainder(count, {s: weights[s] for s in left})
-        small = [s for s in left if asked[s] > sizes[s]]
+        unit = Fraction(count) / sum(weights[s] for s in left)
+        small = [s for s in left if unit * weights[s] > sizes[s]]
         for s in small or left:
-            found[s] = min(asked[s], sizes[s])
+            found[s] = Fraction(sizes[s]) if small else unit * weights[s]
         if not small:
             return found
         count -= sum(sizes[s] for s in small)
         left = [s for s in left if s not in small]
 
 
-def largest_remainder(count: int, weights: Mapping[int, Fraction]) -> dict[int, int]:
-    """Whole numbers of sum `count` next to count w / sum w; those with the largest remainders, at a tie the first, are
-    rounded up."""
-    exact = {s: count * weight / sum(weights.values()) for s, weight in weights.items()}
-    found = {s: floor(share) for s, share in exact.items()}
-    for s in sorted(found, key=lambda s: found[s] - exact[s])[: count - sum(found.values())]:
-        found[s] += 1
-    return found
+def rounded(shares: Sequence[Fraction], offset: Fraction) -> list[int]:
+    """n_s = floor(C_s + u) - floor(C_{s-1} + u) for the cumulative sums C of the shares, whose total is whole.
+
+    They have the same total, and each is its share rounded down or up. With the offset u uniform on [0, 1) it is the
+    share on average: systematic sampling (Madow, Ann. Math. Stat. 20, 1949).
+    """
+    ends = [floor(end) for end in accumulate(shares, initial=offset)]
+    return [last - first for first, last in pairwise(ends)]
+
+
+def too_few(count: int, held: int) -> str:
+    return (
+        f"{count} prompts asked for an epoch, but the strata with a share hold {held}; ask for {held} or fewer, or "
+        "raise curriculum.shares"
+    )

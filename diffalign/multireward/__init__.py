@@ -28,12 +28,18 @@ class MultiReward(Method):
         """Ever splits losses by reward, which takes the memory of a gradient for each."""
         return True
 
+    @property
+    def split_losses(self) -> int | None:
+        """How many losses of a micro-batch a step splits that does not split all; None: it splits all or none."""
+        return None
+
     def grouped(self, names: list[str]) -> dict[str, list[str]]:
         """What counts as one reward: name -> rewards whose advantages are averaged. UserError for unknown ones."""
         return {name: [name] for name in names}
 
-    def start(self, rewards: int) -> dict[str, Tensor]:
-        """What the method carries from step to step, to be changed in place; checkpoints keep it."""
+    def start(self, rewards: int, seed: int) -> dict[str, Tensor]:
+        """What the method carries from step to step, to be changed in place; checkpoints keep it. What it draws follows
+        from the run's seed."""
         return {}
 
     @abstractmethod

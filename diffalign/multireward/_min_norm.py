@@ -151,7 +151,7 @@ def _mixture(vectors: Tensor) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it may be inaccurate, which is tested below
-            problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-14, tol_gap_rel=1e-14, tol_feas=1e-12)
+            problem.solve(solver=cvxpy.CLARABEL, warm_start=False, tol_gap_abs=1e-14, tol_gap_rel=1e-14, tol_feas=1e-12)
     except cvxpy.SolverError as e:
         raise SolveError(str(e)) from e
     if b.value is None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEVER = -1
+DROPOUT = 2  # tells the seeds of dropout from those of images
 
 
 class Marble(MultiReward):
@@ -26,7 +27,8 @@ class Marble(MultiReward):
     That takes a backward pass for each reward. Between solves one is enough: where the loss is affine in the
     advantages, sum_k alpha_k L(A_k) = L(sum_k alpha_k A_k), at the moving average of alpha over the solves. Here a
     solve sees the gradients of the whole step over all processes, where the published program solves for every
-    micro-batch alone; so the result depends on neither. A weight w of a reward asks for w times the cosine.
+    micro-batch alone; so the result depends on neither. A weight w of a reward asks for w times the cosine, and without
+    `normalize` for w times the inner product.
     """
 
     alphas: Literal["solve", "fixed"] = "solve"
@@ -56,6 +58,9 @@ class Marble(MultiReward):
         idle = self.changed(("every", "warmup", "losses", "momentum", "floor", "normalize", "rescale", "dropout"))
         if self.alphas == "fixed" and idle:
             raise ValueError(f"{idle[0]} has no effect when alphas is fixed; remove it")
+        idle = self.changed(("warmup", "momentum", "rescale"))
+        if not self.mixes and idle:
+            raise ValueError(f"{idle[0]} has no effect when all losses of every step are split; remove it")
         if self.normalize is False and self.rescale:
             raise ValueError("rescale has no effect without normalize; remove it")
         return self
@@ -67,6 +72,10 @@ class Marble(MultiReward):
     @property
     def splits(self) -> bool:
         return self.alphas == "solve"
+
+    @property
+    def split_losses(self) -> int | None:
+        return None if self.alphas == "fixed" else self.losses
 
     def grouped(self, names: list[str]) -> dict[str, list[str]]:
         members = [m for group in self.groups.values() for m in group]
@@ -84,10 +93,11 @@ class Marble(MultiReward):
         alone = {name: [name] for name in names if name not in members}
         return {**self.groups, **alone}
 
-    def start(self, rewards: int) -> dict[str, Tensor]:
+    def start(self, rewards: int, seed: int) -> dict[str, Tensor]:
         import torch
 
         return {
+            "seed": torch.tensor(seed),
             "alphas": torch.full((rewards,), 1 / rewards, dtype=torch.float64),
             "norms": torch.ones(rewards, dtype=torch.float64),
             "solved": torch.tensor(NEVER),
@@ -103,7 +113,7 @@ class Marble(MultiReward):
     def coefficients(self, gram: Tensor, importance: Tensor, state: dict[str, Tensor]) -> Tensor:
         from diffalign.multireward._min_norm import balance
 
-        kept = self.kept(len(gram), int(state["step"])).to(gram)
+        kept = self.kept(gram.diagonal() > 0, int(state["seed"]), int(state["step"])).to(gram)
         found = balance(gram * kept * kept[:, None], self.normalize, 1 / importance, self.floor)
         if found.fallback == "solver_failed":
             warnings.warn("the rewards' gradients could not be balanced; this step takes equal shares", stacklevel=2)
@@ -113,11 +123,14 @@ class Marble(MultiReward):
         state["solved"] = state["step"].clone()
         return found.coefficients
 
-    def kept(self, rewards: int, step: int) -> Tensor:
-        """[K] bool: the rewards that dropout leaves in."""
+    def kept(self, among: Tensor, seed: int, step: int) -> Tensor:
+        """[K] bool: the rewards that dropout leaves in, at least one of those `among` [K] bool."""
         import torch
 
-        u = torch.rand(rewards, generator=torch.Generator().manual_seed(step))
+        from diffalign.rollout import sample_seed
+
+        generator = torch.Generator().manual_seed(sample_seed(seed, step, len(among), DROPOUT))
+        u = torch.rand(len(among), generator=generator).masked_fill(~among.cpu(), -1.0)
         return (u >= self.dropout) | (u == u.max())
 
     def mixture(self, importance: Tensor, applies: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ORDER = 3  # tells the seeds of the order from those of images
+
+
 class PCGrad(MultiReward):
     """g_i <- g_i - min(0, g_i . g_j) g_j / |g_j|^2 for all j != i in random order; then their weighted mean.
 
@@ -18,10 +21,10 @@ class PCGrad(MultiReward):
     the sum may still oppose one of them, because a later projection undoes an earlier one.
     """
 
-    def start(self, rewards: int) -> dict[str, Tensor]:
+    def start(self, rewards: int, seed: int) -> dict[str, Tensor]:
         import torch
 
-        return {"step": torch.tensor(0)}
+        return {"seed": torch.tensor(seed), "step": torch.tensor(0)}
 
     def lead(self, state: Mapping[str, Tensor]) -> int | None:
         return None
@@ -29,7 +32,9 @@ class PCGrad(MultiReward):
     def coefficients(self, gram: Tensor, importance: Tensor, state: dict[str, Tensor]) -> Tensor:
         import torch
 
-        order = torch.Generator().manual_seed(int(state["step"]))
+        from diffalign.rollout import sample_seed
+
+        order = torch.Generator().manual_seed(sample_seed(int(state["seed"]), int(state["step"]), len(gram), ORDER))
         projected = torch.eye(len(gram), dtype=gram.dtype)  # row i: what g_i has become, as a sum of all g
         for i, own in enumerate(projected):
             for j in torch.randperm(len(gram), generator=order).tolist():
