@@ -108,7 +108,7 @@ def test_resume_is_exact(start: Any, method: str) -> None:
             assert_same(weights(whole, 3, name), weights(parts, 3, name), 0.0)
     if method != "raft":
         live, copy = weights(whole, 3), weights(whole, 3, "memory")
-        assert copy.pop("") == 6
+        assert copy.pop("steps") == 6
         assert copy.keys() == live.keys() and any(not torch.equal(copy[name], live[name]) for name in live)
     ends = [
         [line[key] for key in ("epoch", "loss", "reward/redness")] for run in (whole, parts) for line in metrics(run)

@@ -41,7 +41,7 @@ rewards:
   - {{name: jpeg}}
   - {{name: reward_functions.sometimes}}
 adapter: {{name: lora, rank: 4, alpha: 8}}
-trainer: {{epochs: 4, prompts: 2, images_per_prompt: 3, micro_batch: 6, lr: 1e-3, ema: 0.9}}
+trainer: {{epochs: 4, prompts: 2, images_per_prompt: 3, micro_batch: 6, lr: 1e-4, ema: 0.9}}
 evaluation: {{every: 4, prompts: 2, images_per_prompt: 2, steps: 3}}
 checkpoint: {{every: 1, keep: 9}}
 """
@@ -327,7 +327,7 @@ def test_a_run_resumes_exactly_whatever_the_micro_batch(settings: Any) -> None:
     small = trainer.train(settings("small", "trainer.micro_batch=2"))
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(parts)[name])
-        torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=1e-5)
     lines = metrics(whole)
     assert ["worst_cosine" in line for line in lines] == [True, False, True, False]
     assert all(sum(line[f"alpha/{name}"] for name in NAMES) == pytest.approx(1, abs=1e-4) for line in lines)
