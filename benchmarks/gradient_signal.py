@@ -27,18 +27,24 @@ from diffalign.judging import advantages
 from diffalign.overlap import Early
 from diffalign.rewards import score
 from diffalign.run import Run, prepare
+from diffalign.types import Rollout
 from diffalign.update import TrainedPolicy, parts
+
+
+def judged(run: Run) -> tuple[Rollout, int, int, dict[str, float]]:
+    """An epoch's images with their advantages, the number of this process's first one, how many there are, the log."""
+    with Early({}) as early, Interrupt() as interrupt:
+        rollout, first, total = trainer.sample(run, Clock(run.pipeline.device), early, interrupt)
+    assert rollout.images is not None
+    with torch.no_grad():
+        outputs = score(run.scorers, rollout.images, rollout.prompts, rollout.metadata, run.config.trainer.micro_batch)
+    return rollout, first, total, advantages(run, rollout, outputs)
 
 
 def gradient(run: Run) -> tuple[Tensor, dict[str, float]]:
     """Gradient of one epoch's loss at the current weights, flattened, and what the epoch logged of its rewards."""
     config = run.config
-    with Early({}) as early, Interrupt() as interrupt:
-        rollout, first, total = trainer.sample(run, Clock(run.pipeline.device), early, interrupt)
-    assert rollout.images is not None
-    with torch.no_grad():
-        outputs = score(run.scorers, rollout.images, rollout.prompts, rollout.metadata, config.trainer.micro_batch)
-    logged = advantages(run, rollout, outputs)
+    rollout, first, total, logged = judged(run)
     negative = run.pipeline.encode([config.sampling.negative_prompt]) if config.sampling.guidance != 1 else None
     policy = TrainedPolicy(run.pipeline, config.sampling, negative)
     part = next(parts(run, rollout, first, total))

@@ -15,34 +15,24 @@ import argparse
 import statistics
 
 import torch
+from gradient_signal import judged
 from torch import Tensor, nn
 
-from diffalign import loading, trainer
+from diffalign import loading
 from diffalign.algorithms import Loss
-from diffalign.clock import Clock
-from diffalign.interrupt import Interrupt
-from diffalign.judging import advantages
 from diffalign.multireward._min_norm import balance
 from diffalign.multireward.marble import Marble, smoothed
-from diffalign.overlap import Early
-from diffalign.rewards import score
 from diffalign.run import Run, prepare
 from diffalign.types import Rollout
 from diffalign.update import TrainedPolicy
 
 
-def judged(run: Run) -> tuple[Rollout, Tensor]:
-    """An epoch's images, and the advantages of the weighted sum of their rewards."""
-    with Early({}) as early, Interrupt() as interrupt:
-        rollout, _, _ = trainer.sample(run, Clock(run.pipeline.device), early, interrupt)
-    assert rollout.images is not None
-    with torch.no_grad():
-        outputs = score(run.scorers, rollout.images, rollout.prompts, rollout.metadata, run.config.trainer.micro_batch)
-    advantages(run, rollout, outputs)
+def weighted_sum(run: Run, rollout: Rollout) -> Tensor:
+    """[B] advantages of the weighted sum of the rewards."""
     weights = {reward.key: reward.weight for reward in run.config.rewards}
     rewards = {name: r.double() for name, r in rollout.rewards.items()}
     total = run.config.advantage(rewards, weights, rollout.group, run.config.advantage.start())
-    return rollout, total.nan_to_num(0.0).float()
+    return total.nan_to_num(0.0).float()
 
 
 def smallest(step: Tensor, own: Tensor) -> float:
@@ -72,7 +62,8 @@ def measure(run: Run, epochs: int, size: int) -> dict[str, list[float]]:
     parameters = list(run.parameters.values())
     average: Tensor | None = None
     for run.epoch in range(epochs):
-        rollout, total = judged(run)
+        rollout, *_ = judged(run)
+        total = weighted_sum(run, rollout)
         policy = TrainedPolicy(run.pipeline, run.config.sampling, None)
         for rows in torch.arange(len(rollout)).split(size):
             batch = rollout[rows]
