@@ -18,6 +18,12 @@ def redness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
+def topness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    """How much lighter the upper half is."""
+    upper, lower = images.chunk(2, dim=2)
+    return upper.mean((1, 2, 3)) - lower.mean((1, 2, 3))
+
+
 def sometimes(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
     """Brightness, of prompts of an even length only."""
     bright = images.mean((1, 2, 3))

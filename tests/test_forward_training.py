@@ -43,7 +43,7 @@ METHODS = {
 }
 ESTIMATOR = {"nft": "group", "awm": "group", "raft": "sft"}
 SHARED = (  # the first step is split whole, the third at one of two noise levels, the others are mixed
-    "rewards=[reward_functions.redness, jpeg, {name: reward_functions.sometimes, weight: 2}]",
+    "rewards=[reward_functions.redness, reward_functions.topness, {name: reward_functions.sometimes, weight: 2}]",
     "multireward={name: marble, every: 2}",
 )
 SEVERAL = ("trainer.updates_per_rollout=2", "trainer.passes=2")

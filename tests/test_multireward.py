@@ -38,14 +38,14 @@ algorithm: {{name: nft, kl: 0.01, timesteps: {{choice: grid, count: 2}}}}
 multireward: {{name: marble, every: 2}}
 rewards:
   - {{name: reward_functions.redness}}
-  - {{name: jpeg}}
+  - {{name: reward_functions.topness}}
   - {{name: reward_functions.sometimes}}
 adapter: {{name: lora, rank: 4, alpha: 8}}
-trainer: {{epochs: 4, prompts: 2, images_per_prompt: 3, micro_batch: 6, lr: 1e-4, ema: 0.9}}
+trainer: {{epochs: 4, prompts: 2, images_per_prompt: 3, micro_batch: 6, lr: 1e-3, ema: 0.9}}
 evaluation: {{every: 4, prompts: 2, images_per_prompt: 2, steps: 3}}
 checkpoint: {{every: 1, keep: 9}}
 """
-NAMES = ["redness", "jpeg", "sometimes"]
+NAMES = ["redness", "topness", "sometimes"]  # smooth: a jpeg is so many whole bytes, and rounding flips one
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_solve_with_a_gradient_that_is_not_finite_stops_the_run(settings: Any)
 def test_rescaled_mixtures_point_where_the_solve_did(moved: Any) -> None:
     run, rollout, policy = moved
     run.memory.after_epoch()  # at the old policy only advantages make a gradient
-    rollout.separate["jpeg"] = rollout.separate["jpeg"] / 30  # gradients of very different length, nothing clipped
+    rollout.separate["topness"] /= 30  # gradients of very different length, nothing clipped
     bare = run.config.algorithm.model_copy(update={"kl": 0.0})
     run = replace(run, config=run.config.model_copy(update={"algorithm": bare}))
     cosines = {}
@@ -327,15 +327,16 @@ def test_a_run_resumes_exactly_whatever_the_micro_batch(settings: Any) -> None:
     small = trainer.train(settings("small", "trainer.micro_batch=2"))
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(parts)[name])
-        torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=2e-5)
     lines = metrics(whole)
     assert ["worst_cosine" in line for line in lines] == [True, False, True, False]
     assert all(sum(line[f"alpha/{name}"] for name in NAMES) == pytest.approx(1, abs=1e-4) for line in lines)
-    assert lines[1]["alpha/jpeg"] == lines[0]["alpha/jpeg"] != lines[2]["alpha/jpeg"]
+    assert lines[1]["alpha/topness"] == lines[0]["alpha/topness"] != lines[2]["alpha/topness"]
 
 
 @pytest.mark.parametrize(
-    "method", ["{name: pcgrad}", "{name: marble, alphas: fixed}", "{name: marble, groups: {style: [redness, jpeg]}}"]
+    "method",
+    ["{name: pcgrad}", "{name: marble, alphas: fixed}", "{name: marble, groups: {style: [redness, topness]}}"],
 )
 def test_other_ways_run(settings: Any, method: str) -> None:
     folder = trainer.train(settings("other", f"multireward={method}", "trainer.epochs=2"))
@@ -362,8 +363,8 @@ def test_grpo_can_split_all_its_losses(settings: Any) -> None:
         ("rewards=[jpeg]", "needs two or more rewards"),
         ("rewards=[{name: jpeg, weight: 0}, geneval]", "must be above 0"),
         ("multireward={name: marble, groups: {a: [nothing]}}", "there is no reward 'nothing'"),
-        ("multireward={name: marble, groups: {a: [jpeg], b: [jpeg]}}", "in a group twice"),
-        ("multireward={name: marble, groups: {jpeg: [redness]}}", "name of a reward outside it"),
+        ("multireward={name: marble, groups: {a: [topness], b: [topness]}}", "in a group twice"),
+        ("multireward={name: marble, groups: {topness: [redness]}}", "name of a reward outside it"),
         ("multireward={name: marble, groups: {a: []}}", "a group is empty"),
         ("multireward={name: marble, alphas: fixed, every: 3}", "every has no effect"),
         ("multireward={name: marble, every: 1, losses: null, momentum: 0.5}", "momentum has no effect"),
