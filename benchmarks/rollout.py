@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,10 +83,10 @@ def image_size(options: argparse.Namespace) -> int:
     return options.size or (512 if options.model.startswith("random:") else 64)
 
 
-def roll(pipeline: Any, options: argparse.Namespace, kept: Sequence[int]) -> Rollout:
+def roll(pipeline: Any, options: argparse.Namespace, kept: Sequence[int], guidance: float) -> Rollout:
     """What a training epoch samples: CPS steps, stored transitions, decoded images, one generator a sample."""
     size = image_size(options)
-    sampling = Sampling(steps=options.steps, kernel="cps", eta=0.7, guidance=options.guidance, height=size, width=size)
+    sampling = Sampling(steps=options.steps, kernel="cps", eta=0.7, guidance=guidance, height=size, width=size)
     prompts = [{"prompt": f"{n % 8} red circles"} for n in range(options.batch)]
     group = torch.arange(options.batch) % 8
     return collect(pipeline, prompts, group, torch.arange(options.batch), sampling, kept, options.batch)
@@ -168,7 +169,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     best: dict[str, float] = {}
     for repeat in range(options.repeats + 1):
         with watch.span("total"):
-            roll(pipeline, options, [0, 1])
+            roll(pipeline, options, [0, 1], options.guidance)
         spent = watch.seconds()
         if repeat and (not best or spent["total"] < best["total"]):
             best = spent
@@ -189,16 +190,17 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     }
 
 
-def report(options: argparse.Namespace, measure: Callable[[argparse.Namespace, str], dict[str, Any]]) -> None:
-    """Print one row for each dtype; a mistake is one sentence and exit code 2."""
+def report(options: argparse.Namespace, rows: Sequence[Callable[[], dict[str, Any]]]) -> None:
+    """Print a row of each; a mistake is one sentence and exit code 2."""
     try:
         if options.repeats < 1:
             raise UserError("--repeats must be at least 1")
-        print(table([measure(options, dtype) for dtype in options.dtype]))
+        print(table([row() for row in rows]))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    report(arguments("Speed of sampling.").parse_args(), measure)
+    options = arguments("Speed of sampling.").parse_args()
+    report(options, [partial(measure, options, dtype) for dtype in options.dtype])

@@ -68,7 +68,7 @@ def nft(groups: Groups, metric: str = "geneval") -> None:
         ]
         drawn = chart(lines, label=f"held-out {metric}", x_label=axis, width=640, height=320)
         (FOLDER / f"nft_{axis}.svg").write_text(styled(str(drawn)), "utf-8")
-    print("| method | seed | base | best | +0.15: images | seconds | +0.25: images | seconds |\n|" + "---|" * 8)
+    print("| method | seed | base | last (epoch) | +0.15: images | seconds | +0.25: images | seconds |\n|" + "---|" * 8)
     for name, runs in groups.items():
         for run in runs:
             scores, cells = held(run, metric), []
@@ -79,7 +79,8 @@ def nft(groups: Groups, metric: str = "geneval") -> None:
                     ["-", "-"] if epoch is None else [f"{images(run, 1) * epoch:.0f}", f"{between(spent, epoch):.0f}"]
                 )
             print(
-                f"| {name} | {run.config['seed']} | {scores[0]:.3f} | {max(scores):.3f} | " + " | ".join(cells) + " |"
+                f"| {name} | {run.config['seed']} | {scores[0]:.3f} | "
+                f"{scores[-1]:.3f} ({run.evaluations[-1].epoch}) | " + " | ".join(cells) + " |"
             )
 
 
