@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPENCLIP := .venv-openclip
+PICKSCORE := pickscore:model=tiny-clip
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-openclip lint clean
@@ -13,8 +14,11 @@ help:  ## Show the targets
 
 env: $(STAMP)  ## Create .venv with everything that tests and the demo need
 
-demo: $(STAMP)  ## Align the embedded model on shapes: minutes on two CPU cores, nothing to download
+demo: $(STAMP)  ## Align the embedded model on shapes and judge it: minutes on two CPU cores, nothing to download
 	$(BIN)/python -m diffalign train configs/shapes_demo.yaml --resume auto
+	$(BIN)/python -m diffalign eval --models base=tiny-sd3 grpo=runs/shapes_demo fk=tiny-sd3+fk:particles=4 \
+	    grpo_fk=runs/shapes_demo+fk:particles=4 --prompts shapes-test --first 60 --images 2 --steer-by $(PICKSCORE) \
+	    --rewards geneval $(PICKSCORE) vlm_echo:model=tiny-vlm --features dino:model=tiny-dino --out runs/shapes_demo_eval
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest

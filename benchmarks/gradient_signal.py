@@ -57,9 +57,10 @@ def gradient(run: Run) -> tuple[Tensor, dict[str, float]]:
 
 def row(config: str, overrides: Sequence[str], batches: int) -> str:
     run = prepare(loading.load(config, [*overrides, "output=runs/signal", "evaluation.every=0"]), resume="auto")
-    began, unit, rewards = time.monotonic(), [], []
+    began, unit, norms, rewards = time.monotonic(), [], [], []
     for run.epoch in range(batches):
         flat, logged = gradient(run)
+        norms.append(float(flat.norm()))
         unit.append(flat / flat.norm())
         rewards.append(logged[f"reward/{next(iter(run.scorers))}"])
     seconds = (time.monotonic() - began) / batches
@@ -67,7 +68,10 @@ def row(config: str, overrides: Sequence[str], batches: int) -> str:
     error = statistics.stdev(cosines) / len(cosines) ** 0.5
     run.tracker.close()
     name = ", ".join(overrides) or "as it is"
-    return f"| {name} | {statistics.mean(cosines):.4f} ± {error:.4f} | {statistics.mean(rewards):.3f} | {seconds:.1f} |"
+    return (
+        f"| {name} | {statistics.mean(cosines):.4f} ± {error:.4f} | {statistics.mean(norms):.3g} | "
+        f"{statistics.mean(rewards):.3f} | {seconds:.1f} |"
+    )
 
 
 if __name__ == "__main__":
@@ -76,6 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--rows", nargs="*", default=[], help="overrides; join several of one row by ', '")
     args = parser.parse_args()
-    print("| changed | cosine of two batches | reward | s/batch |\n| --- | --- | --- | --- |", flush=True)
+    print("| changed | cosine of two batches | norm | reward | s/batch |\n| --- | --- | --- | --- | --- |", flush=True)
     for overrides in ["", *args.rows]:
         print(row(args.config, overrides.split(", ") if overrides else [], args.batches), flush=True)

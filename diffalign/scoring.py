@@ -64,18 +64,18 @@ def kept(results: Sequence[Scored], path: Path, rewards: int) -> str:
 def _note(result: Scored, name: str, output: RewardOutput, k: int) -> None:
     result.scores[name] = output.scores[k].item()
     result.valid[name] = output.valid is None or bool(output.valid[k])
-    details = {key: _plain(values[k]) for key, values in output.extra.items()}
+    details = {key: plain(values[k]) for key, values in output.extra.items()}
     kept = {key: value for key, value in details.items() if value is not None}
     if kept:
         result.details[name] = kept
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON holds it, maps in 4 digits; None for what it cannot hold, and for large tensors."""
     if isinstance(value, torch.Tensor):
         if value.numel() > LARGEST:
             return None
-        return _plain(value.item() if value.numel() == 1 else value.double().round(decimals=4).tolist())
+        return plain(value.item() if value.numel() == 1 else value.double().round(decimals=4).tolist())
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

@@ -22,9 +22,9 @@ class Paired:
     low: float  # 95 % bootstrap interval of the mean
     high: float
     t_interval: tuple[float, float]  # 95 % interval of Student's t
-    wins: int  # prompts with d > 0
+    wins: int  # prompts with d > tie
     ties: int
-    losses: int
+    losses: int  # prompts with d < -tie
     win_rate: float  # (wins + ties / 2) / n
     sign_test_p: float  # exact, two-sided, over decided prompts
 
@@ -36,8 +36,11 @@ def paired(
     method: Literal["percentile", "BCa"] = "percentile",
     resamples: int = 10_000,
     seed: int = 0,
+    tie: float = 0.0,
 ) -> Paired:
     """Compare per-prompt scores a and b [n]; the bootstrap draws prompts and is deterministic in `seed`.
+
+    Differences up to `tie` count as ties; the mean and its intervals take them as they are.
 
     Raises UserError when the lengths differ, nothing is given, or a score is not finite.
     """
@@ -47,7 +50,7 @@ def paired(
     if not np.isfinite(d).all():
         raise UserError("a paired comparison needs finite scores; leave out prompts to which the reward does not apply")
     n, mean = len(d), float(d.mean())
-    wins, losses = int((d > 0).sum()), int((d < 0).sum())
+    wins, losses = int((d > tie).sum()), int((d < -tie).sum())
     se = float(d.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
     half = float(stats.t.ppf(0.975, n - 1)) * se if n > 1 else float("nan")
     low, high = bootstrap_mean(d, method=method, resamples=resamples, seed=seed)

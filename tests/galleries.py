@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffalign.eval.gallery import digest_of, line, stem
+from diffalign.eval.records import digest_of, features_file, line, stem
 
 TAGS = ("colors", "counting", "position")
 REWARDS: dict[str, dict[str, Any]] = {"geneval": {"name": "geneval"}, "pickscore": {"name": "pickscore"}}
@@ -67,12 +67,12 @@ def write(
                 Image.fromarray(pixels).save(path)
                 key = {"id": entries[p]["id"], "k": k, "digest": digest_of(path.read_bytes())}
                 made.append({**key, "seed": 100 * p + k, "nfe": 4, "seconds": 0.5})
-                looks.append({**key, "saturation": float(rng.random()), "contrast": float(rng.random())})
-                features[stem((key["id"], k))] = rng.normal(size=8).astype(np.float16)
+                looks.append({**key, "values": {"saturation": float(rng.random()), "contrast": float(rng.random())}})
+                features[key["digest"]] = rng.normal(size=8).astype(np.float16)
                 for reward, settings in rewards.items():
                     score = values(model, reward, p, k, rng)
                     scored.append({**key, "reward": reward, "by": digest_of(dict(settings)), "score": score})
         for name, lines in {"made": made, "scores": scored, "looks": looks}.items():
             (own / f"{name}.jsonl").write_text("".join(line(entry) for entry in lines), "utf-8")
-        np.savez(own / "features.npz", **features)
+        np.savez(features_file(own, ""), **features)
     return folder

@@ -74,6 +74,13 @@ def train_on_a_full_disk(command: list[str], function: str, call: int) -> None:
     sys.exit(cli.main(["train", *command]))
 
 
+def evaluate(command: list[str], folder: Path, kill_at: int) -> None:
+    """`diffalign eval`, killed at that moment; 0 lets it live."""
+    if kill_at:
+        die_at(kill_at, folder)
+    sys.exit(cli.main(["eval", *command]))
+
+
 def save_again(folder: Path, value: float, kill_at: int) -> None:
     """Write checkpoint 1 of one number, in place of the one that is there."""
     if kill_at:

@@ -68,3 +68,11 @@ def test_wilson_solves_its_equation() -> None:
         for p in wilson(x, n):
             assert abs(x / n - p) == pytest.approx(1.959963984540054 * math.sqrt(p * (1 - p) / n), abs=1e-9)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_differences_within_the_band_are_ties() -> None:
+    a, b = [1.0, 2.0, 3.0, 4.0], [0.9, 2.1, 1.0, 6.0]
+    exact, banded = paired(a, b), paired(a, b, tie=0.5)
+    assert (exact.wins, exact.ties, exact.losses) == (2, 0, 2)
+    assert (banded.wins, banded.ties, banded.losses, banded.win_rate) == (1, 2, 1, 0.5)
+    assert (banded.mean, banded.low, banded.high) == (exact.mean, exact.low, exact.high)

@@ -1,0 +1,121 @@
+"""Compare models, training runs and ways to sample on the same prompts and seeds, and write a gallery report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from diffalign import prompt_sets, reward_entries
+from diffalign.commands import _common
+from diffalign.config_help import validated
+from diffalign.eval import contestant
+from diffalign.eval.records import Asked
+from diffalign.sections import Sampling
+from diffalign.types import UserError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models", nargs="+", action="extend", required=True, metavar="NAME=SOURCE", help=contestant.HELP
+    )
+    parser.add_argument("--prompts", required=True, metavar="SET|FILE", help=prompt_sets.HELP)
+    parser.add_argument("--first", type=int, metavar="N", help="the first N prompts only")
+    parser.add_argument("--images", type=int, default=4, metavar="K", help="images of each prompt (default 4)")
+    parser.add_argument(
+        "--rewards",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help=reward_entries.HELP,
+    )
+    parser.add_argument(
+        "--steer-by", nargs="+", metavar="NAME", help="rewards of steered models; default: the first one"
+    )
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="what the others are compared with (default: the first model)"
+    )
+    parser.add_argument(
+        "--features",
+        default="",
+        metavar="NAME[:model=M]",
+        help="embeds the images for diversity, such as dino:model=tiny-dino",
+    )
+    parser.add_argument(
+        "--probes", type=int, default=64, metavar="N", help="prompts probed for reward hacking (default 64)"
+    )
+    parser.add_argument("--no-noise-floor", action="store_true", help="leave out the baseline with other seeds")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, or one to go on in or add to")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default 20)")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="guidance scale (default 1: none)")
+    parser.add_argument("--height", type=int, metavar="PX", help="default: what the baseline was trained at")
+    parser.add_argument("--width", type=int, metavar="PX")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--device", help="such as cpu or cuda:1")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once (default 16)")
+
+
+def run(args: argparse.Namespace) -> None:
+    for option in ("first", "images", "batch", "steps"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise UserError(f"eval: --{option} must be at least 1, got {getattr(args, option)}")
+    for option in ("probes", "seed"):
+        if getattr(args, option) < 0:
+            raise UserError(f"eval: --{option} must be 0 or more, got {getattr(args, option)}")
+    wanted = contestant.parse(args.models)
+    names = [w.name for w in wanted]
+    baseline = args.baseline or names[0]
+    if baseline not in names:
+        raise UserError(f"eval: --baseline '{baseline}' is none of the models ({', '.join(names)})")
+    chosen = reward_entries.parse_fixed(args.rewards)
+    steering = reward_entries.parse_fixed(args.steer_by) if args.steer_by else chosen[:1]
+    if args.steer_by and not any(w.steering for w in wanted):
+        raise UserError("eval: --steer-by has no effect without a steered model such as fk=tiny-sd3+fk; leave it out")
+    entries, notes = prompt_sets.load(args.prompts)
+    entries = [{**entry, "id": f"{n:04d}"} for n, entry in enumerate(entries[: args.first])]
+    given = {k: v for k in ("height", "width") if (v := getattr(args, k)) is not None}
+    settings = {"steps": args.steps, "guidance": args.guidance, "kernel": "ode", "eta": 0.0, **given}
+    sampling = validated(Sampling, settings, "eval")
+    _common.quiet()
+    from diffalign.eval import gallery_report, making, session
+
+    if len(given) < 2:
+        first = next(w for w in wanted if w.name == baseline)
+        side = making.side(making.load(first, "cpu", args.dtype))
+        sampling = sampling.model_copy(update={k: given.get(k, side) for k in ("height", "width")})
+    if not args.no_noise_floor:
+        wanted.append(session.floor(next(w for w in wanted if w.name == baseline)))
+    asked = Asked(
+        prompts=args.prompts if args.first is None else f"{args.prompts}, the first {len(entries)}",
+        images_per_prompt=args.images,
+        seed=args.seed,
+        height=sampling.height,
+        width=sampling.width,
+        baseline=baseline,
+        contestants=tuple(w.name for w in wanted),
+        rewards={r.key: r.model_dump(mode="json") for r in chosen},
+        features=args.features,
+        notes=tuple(notes),
+    )
+    folder = Path(args.out)
+    job = session.Job(
+        folder=folder,
+        asked=session.agreed(folder, asked, entries),
+        prompts=entries,
+        contestants=wanted,
+        rewards=chosen,
+        steering=steering,
+        sampling=sampling,
+        dtype=args.dtype,
+        probed=args.probes,
+        batch=args.batch,
+        command=shlex.join(["diffalign", *sys.argv[1:]]),
+    )
+    if session.run(job, args.device):
+        page = gallery_report.write(folder)
+        print((folder / gallery_report.TABLE).read_text("utf-8"))
+        count = f"{len(entries)} prompt{'s' * (len(entries) > 1)} x {len(job.asked.contestants)} models"
+        print(f"{count} in {folder}; see {page}")

@@ -1,0 +1,181 @@
+"""Who takes part in an evaluation: `NAME=SOURCE[+METHOD[:OPTION=VALUE,...]][@KEY=VALUE,...]`, as one writes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign import reward_entries
+from diffalign.pipelines import embedded_names
+from diffalign.steering import Steering, resolve
+from diffalign.types import UserError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+HELP = (
+    "NAME=SOURCE, such as base=tiny-sd3, grpo=runs/grpo (a training run), style=lora_folder@base=tiny-sd3, "
+    "fk=tiny-sd3+fk:particles=8 (steered) or few=runs/few@steps=4,guidance=1; the first is the baseline"
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A contestant as the command line asks for it.
+
+    Attributes:
+        kind: model, run, lora or steered.
+        model: of its base: an embedded name, a folder or a hub id.
+        lora, run: folders, where it has them.
+        weights: 'moving average' or 'live' of a run; 'as they are' of the others.
+        steps, guidance, kernel: of its own, where it has any.
+        trained_on: names of the rewards of its run.
+    """
+
+    name: str
+    spec: str
+    kind: str
+    model: str
+    revision: str | None = None
+    lora: Path | None = None
+    run: Path | None = None
+    weights: str = "as they are"
+    method: str = ""
+    trained_on: tuple[str, ...] = ()
+    steering: Steering | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    kernel: str | None = None
+    dtype: str | None = None
+
+
+def parse(texts: Sequence[str]) -> list[Wanted]:
+    """Raises UserError for what cannot be read or found, and for a name that is given twice or is no file name."""
+    found: dict[str, Wanted] = {}
+    for text in texts:
+        one = _parse(text)
+        if one.name in found:
+            raise UserError(f"two models are called '{one.name}'; give one of them another name")
+        found[one.name] = one
+    return list(found.values())
+
+
+def _parse(text: str) -> Wanted:
+    name, equals, rest = text.partition("=")
+    if not equals or not rest:
+        raise UserError(f"--models {text!r}: write NAME=SOURCE, such as base=tiny-sd3")
+    if not SAFE_NAME.fullmatch(name) or name.endswith("."):
+        raise UserError(
+            f"--models {text!r}: the name {name!r} names a folder too; use letters, digits, '.', '_' and '-'"
+        )
+    source, _, written = _split(rest, "@", r"\w+=")
+    source, _, steering = _split(source, "+", r"[a-z]\w*(:|$)")
+    options = _options(text, written)
+    method = _steering(text, steering) if steering else None
+    about = _source(text, source, options)
+    own = {key: options[key] for key in ("steps", "guidance", "kernel", "dtype") if key in options}
+    if method is not None:
+        about["kind"] = "steered"
+    return Wanted(name=name, spec=text, steering=method, **about, **own)
+
+
+def _split(text: str, mark: str, after: str) -> tuple[str, str, str]:
+    """At the last `mark` that `after` follows, unless the whole text is a path that exists."""
+    if Path(text).exists():
+        return text, "", ""
+    places = [m.start() for m in re.finditer(re.escape(mark) + f"(?={after})", text)]
+    return (text[: places[-1]], mark, text[places[-1] + 1 :]) if places else (text, "", "")
+
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kernel", "weights", "base", "dtype", "revision"), str),
+    "steps": int,
+    "guidance": (int, float),
+}
+
+
+def _options(text: str, written: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in filter(None, written.split(",")):
+        key, _, value = part.partition("=")
+        known: Any = value if key == "revision" else reward_entries.yaml_value(value)
+        if key not in TYPES:
+            raise UserError(f"--models {text!r}: there is no option '{key}'; options: {', '.join(TYPES)}")
+        if not isinstance(known, TYPES[key]) or isinstance(known, bool) or (key == "steps" and known < 1):
+            raise UserError(f"--models {text!r}: {value!r} does not suit '{key}'")
+        options[key] = float(known) if key == "guidance" else known
+    if options.get("weights", "ema") not in ("ema", "live"):
+        raise UserError(f"--models {text!r}: weights are ema, the moving average, or live")
+    return options
+
+
+def _steering(text: str, written: str) -> Steering:
+    name, _, rest = written.partition(":")
+    options: dict[str, Any] = {"name": name, "select": "best"}
+    for part in filter(None, rest.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"--models {text!r}: {part!r} is no option; write OPTION=VALUE after the colon")
+        options[option] = reward_entries.yaml_value(value)
+    return resolve(options)
+
+
+def _source(text: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Where its weights are."""
+    path = Path(source).expanduser()
+    if (path / "config.yaml").is_file():
+        return _run(text, path, options)
+    if "weights" in options:
+        raise UserError(f"--models {text!r}: weights are of a training run, and '{source}' is none; leave it out")
+    is_lora = (path / LORA_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
+    if is_lora:
+        if "base" not in options:
+            raise UserError(f"--models {text!r}: a LoRA needs its model; add @base=MODEL")
+        return {"kind": "lora", "model": options["base"], "lora": path, "revision": options.get("revision")}
+    if "base" in options:
+        raise UserError(f"--models {text!r}: '{source}' is no LoRA, which alone takes a base; leave base out")
+    if source not in embedded_names() and not path.exists() and source.count("/") != 1:
+        known = ", ".join(embedded_names())
+        raise UserError(
+            f"--models {text!r}: there is no '{source}'; give a run folder, a model folder, a LoRA, a hub id or an "
+            f"embedded name ({known})"
+        )
+    return {"kind": "model", "model": source, "revision": options.get("revision")}
+
+
+def _run(text: str, path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    if misplaced := [key for key in ("base", "revision") if key in options]:
+        raise UserError(f"--models {text!r}: a training run knows its own model; leave {misplaced[0]} out")
+    try:
+        config: Any = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
+        model, algorithm, rewards = config["model"], config["algorithm"]["name"], config["rewards"]
+        averaged = bool(config["trainer"].get("ema"))
+        lora = config["adapter"]["name"] == "lora"
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--models {text!r}: '{path / 'config.yaml'}' is not that of a training run") from error
+    live = options.get("weights") == "live"
+    if live and averaged and not lora:
+        raise UserError(f"--models {text!r}: the run kept the moving average of its weights alone; leave weights out")
+    heads = tuple(dict.fromkeys(str(r["name"]) for r in rewards))
+    found = {
+        "kind": "run",
+        "run": path,
+        "method": str(algorithm),
+        "trained_on": heads,
+        "weights": "moving average" if averaged and not live else "live",
+    }
+    if lora:
+        folder = path / ("lora_live" if live and averaged else "lora")
+        _exists(text, folder)
+        return {**found, "model": model["path"], "revision": model.get("revision"), "lora": folder}
+    _exists(text, path / "model")
+    return {**found, "model": str(path / "model")}
+
+
+def _exists(text: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"--models {text!r}: '{folder}' is not there yet; let the run finish, or resume it")

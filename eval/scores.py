@@ -1,0 +1,123 @@
+"""Scoring the images of an evaluation: what no reward has said of them yet, by this process's share."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign import validity
+from diffalign.eval import records
+from diffalign.eval.gallery import Entry
+from diffalign.eval.making import append, part_of
+from diffalign.eval.records import PROBES, Asked, Key, Score
+from diffalign.rewards import Reward, Scorer
+from diffalign.scoring import plain
+from diffalign.writing import put
+
+QUALITY = 75  # of the JPEG that the probe "degraded" goes through
+Task = tuple[Key, str]  # an image and the probe that is made of it, "" for none
+
+
+def tasks(found: Entry, reward: Reward, prompts: Sequence[Mapping[str, Any]], probed: int) -> list[Task]:
+    """What is to be scored: every image, and of the first image of the first `probed` prompts the probes as well."""
+    scored = found.scores[reward.key]
+    missing: list[Task] = [(key, "") for key in found.made if key not in scored]
+    for probe in probes(reward):
+        known = found.probes[reward.key, probe]
+        first = [(p["id"], 0) for p in prompts[:probed]]
+        missing += [(key, probe) for key in first if key in found.made and key not in known]
+    return sorted(missing, key=lambda task: (task[1], task[0]))
+
+
+def probes(reward: Reward) -> tuple[str, ...]:
+    """Another prompt tells nothing of a reward that reads none."""
+    return PROBES if reward.needs_prompt else PROBES[:1]
+
+
+@torch.no_grad()
+def score(
+    folder: Path,
+    found: Entry,
+    wanted: Sequence[Task],
+    scorer: Scorer,
+    asked: Asked,
+    prompts: Sequence[Mapping[str, Any]],
+    batch: int,
+    rank: int,
+    told: Callable[[int], None],
+) -> None:
+    """Score and note them batch by batch, so nothing is scored twice."""
+    reward = scorer.reward.key
+    by = records.digest_of(asked.rewards[reward])
+    place = {p["id"]: number for number, p in enumerate(prompts)}
+    for start in range(0, len(wanted), batch):
+        part = wanted[start : start + batch]
+        pixels = torch.stack([read(found.image(key), probe) for key, probe in part])
+        metadata = [dict(prompts[own(place[key[0]], probe, len(prompts))]) for key, probe in part]
+        output = scorer(pixels, [str(m["prompt"]) for m in metadata], metadata)
+        reasons = validity.reasons(output)
+        lines = []
+        for row, (key, probe) in enumerate(part):
+            value = float(output.scores[row])
+            details = {name: kept for name, values in output.extra.items() if (kept := plain(values[row])) is not None}
+            if reasons[row]:
+                details["error"] = reasons[row]
+            lines.append(
+                Score(
+                    id=key[0],
+                    k=key[1],
+                    reward=reward,
+                    by=by,
+                    digest=found.made[key].digest,
+                    score=None if math.isnan(value) else value,
+                    valid=reasons[row] is None,
+                    probe=probe,
+                    details={} if probe else details,
+                )
+            )
+        append(part_of(folder / records.SCORES, rank), lines)
+        told(len(part))
+
+
+def own(number: int, probe: str, count: int) -> int:
+    """The prompt that an image is scored with: its own, or the one half the set further on."""
+    return (number + count // 2) % count if probe == "shuffled" else number
+
+
+def read(path: Path, probe: str) -> Tensor:
+    """[3, H, W] fp32 in [0, 1]; for "degraded" after a JPEG and half its size and back."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    if probe == "degraded":
+        small = picture.resize((max(1, picture.width // 2), max(1, picture.height // 2)), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.resize(picture.size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=QUALITY)
+        picture = Image.open(buffer).convert("RGB")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def embed(
+    folder: Path, found: Entry, embedder: Callable[[Tensor], Tensor], batch: int, told: Callable[[int], None]
+) -> None:
+    """Embed the images that have no features yet; the file is written whole."""
+    path = records.features_file(folder, found.embedder)
+    known = records.stored(path)
+    keys = [key for key, made in found.made.items() if made.digest not in known]
+    for start in range(0, len(keys), batch):
+        part = keys[start : start + batch]
+        vectors = embedder(torch.stack([read(found.image(key), "") for key in part]))
+        fresh = vectors.detach().float().cpu().numpy()
+        known |= {found.made[key].digest: vector for key, vector in zip(part, fresh, strict=True)}
+        told(len(part))
+    if keys:
+        buffer = io.BytesIO()
+        np.savez(buffer, **{digest: vector.astype(np.float16) for digest, vector in known.items()})
+        put(path, buffer.getvalue())

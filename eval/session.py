@@ -1,0 +1,238 @@
+"""An evaluation from the command line to the folder: what is missing is made, scored and embedded, by all processes."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from diffalign import rewards
+from diffalign.eval import gallery, making, records, scores
+from diffalign.eval.contestant import Wanted
+from diffalign.eval.features import Embedder
+from diffalign.eval.records import Asked, Contestant
+from diffalign.eval.run_facts import versions
+from diffalign.rewards import Reward
+from diffalign.sections import Sampling
+from diffalign.types import UserError
+from diffalign.writing import REMEDIES, put
+
+AGAIN = "-again"  # the noise floor's name is the baseline's with this behind it
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to evaluate, and how.
+
+    Attributes:
+        steering: rewards that steered contestants follow.
+        sampling: of contestants that name none of their own; height and width of all.
+        probed: prompts whose first image is scored degraded, and with another prompt, as well.
+        batch: images at once; changes no result.
+    """
+
+    folder: Path
+    asked: Asked
+    prompts: list[dict[str, Any]]
+    contestants: list[Wanted]
+    rewards: list[Reward]
+    steering: list[Reward]
+    sampling: Sampling
+    dtype: str
+    probed: int
+    batch: int
+    command: str
+
+
+def agreed(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> Asked:
+    """What the folder was asked before, with what is new; nothing is written.
+
+    Raises UserError for a folder of something else, or an evaluation of other prompts, seeds or sizes.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return asked
+    if not (folder / records.SETTINGS).is_file():
+        raise UserError(f"'{folder}' is not empty and holds no {records.SETTINGS}; name a new folder")
+    before = records.one(Asked, folder / records.SETTINGS)
+    for key in ("images_per_prompt", "seed", "height", "width", "baseline"):
+        was, now = getattr(before, key), getattr(asked, key)
+        if was != now:
+            raise UserError(
+                f"the evaluation in '{folder}' has {key} {was!r}, not {now!r}; give the same, or name a new folder"
+            )
+    known = [value for _, value in records.whole_lines(folder / records.PROMPTS)]
+    if known and known != list(prompts):
+        raise UserError(f"the evaluation in '{folder}' has other prompts; give the same, or name a new folder")
+    return asked.model_copy(
+        update={
+            "contestants": tuple(dict.fromkeys([*before.contestants, *asked.contestants])),
+            "rewards": {**before.rewards, **asked.rewards},
+            "features": asked.features or before.features,
+        }
+    )
+
+
+def run(job: Job, device: str | None) -> bool:
+    """True on the first process, which goes on to the page. Raises UserError with what is to be done; whatever was
+    made stays, and the same command goes on."""
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu)
+    where = device or str(accelerator.device)
+    main = accelerator.is_main_process
+    try:
+        with told_of_the_disk(job.folder):
+            if main:
+                begin(job)
+            accelerator.wait_for_everyone()
+            for wanted in job.contestants:
+                images(job, wanted, accelerator, where)
+            for reward in job.rewards:
+                judged(job, reward, accelerator, where)
+            if main and job.asked.features:
+                embedder = Embedder.of(job.asked.features, where)
+                for name in job.asked.contestants:
+                    found = gallery.entry(job.folder / name, job.asked)
+                    with progress(f"{name}: features", len(found.made)) as told:
+                        scores.embed(job.folder / name, found, embedder, job.batch, told)
+    except KeyboardInterrupt:
+        if main:
+            print(f"what is done stays in {job.folder}; the same command goes on", file=sys.stderr)
+        raise
+    accelerator.wait_for_everyone()
+    return main
+
+
+def begin(job: Job) -> None:
+    """The files that say what was asked; lines that a killed process left go into one file."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    # first, so that a kill leaves a folder that the same command accepts
+    put(job.folder / records.SETTINGS, job.asked.model_dump_json(indent=1) + "\n")
+    put(job.folder / records.PROMPTS, "".join(records.line(p) for p in job.prompts))
+    for wanted in job.contestants:
+        own = job.folder / wanted.name
+        (own / records.IMAGES).mkdir(parents=True, exist_ok=True)
+        tidy(own)
+        now = described(job, wanted)
+        if (own / records.RUN).is_file():
+            before = records.one(Contestant, own / records.RUN)
+            same = ("model", "weights", "steps", "guidance", "kernel", "steering", "seed", "spec")
+            if other := [key for key in same if getattr(before, key) != getattr(now, key)]:
+                raise UserError(
+                    f"'{wanted.name}' had {other[0]} {getattr(before, other[0])!r}, not {getattr(now, other[0])!r}; "
+                    f"give it another name, or remove '{own}'"
+                )
+            now = now.model_copy(update={"date": before.date, "command": before.command})
+        making.copied(wanted, own)
+        put(own / records.RUN, now.model_dump_json(indent=1) + "\n")
+    for name in job.asked.contestants:
+        tidy(job.folder / name)
+
+
+def tidy(folder: Path) -> None:
+    making.joined(folder, records.LINEAGE, records.LOOKS, records.MADE, records.SCORES)
+
+
+def described(job: Job, wanted: Wanted) -> Contestant:
+    heads = [r.name for r in job.steering] if wanted.steering is not None else []
+    trained = {*wanted.trained_on, *heads}
+    again = wanted.name == job.asked.baseline + AGAIN
+    return Contestant(
+        name=wanted.name,
+        spec=wanted.spec,
+        kind=wanted.kind,
+        model=wanted.model,
+        weights=wanted.weights,
+        steps=wanted.steps or job.sampling.steps,
+        guidance=job.sampling.guidance if wanted.guidance is None else wanted.guidance,
+        kernel=wanted.kernel or job.sampling.kernel,
+        steering=None if wanted.steering is None else wanted.steering.model_dump(mode="json"),
+        trained_on=tuple(key for key, section in job.asked.rewards.items() if section["name"] in trained),
+        again=job.asked.baseline if again else None,
+        seed=job.asked.seed + again,
+        method=wanted.method or ("" if wanted.steering is None else wanted.steering.name),
+        command=job.command,
+        date=datetime.date.today().isoformat(),
+        versions=versions(),
+    )
+
+
+def images(job: Job, wanted: Wanted, accelerator: Accelerator, device: str) -> None:
+    """Make what the contestant lacks."""
+    own = job.folder / wanted.name
+    about = records.one(Contestant, own / records.RUN)
+    missing = making.missing(own, job.asked, job.prompts)
+    every = making.batches(job.asked, job.prompts, job.batch, missing)
+    mine = every[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        pipeline = making.load(wanted, device, job.dtype)
+        sampling = job.sampling.model_copy(update={k: getattr(about, k) for k in ("steps", "guidance", "kernel")})
+        total = len(job.prompts) * job.asked.images_per_prompt
+        draw = making.sampler(wanted, pipeline, sampling, job.steering, job.prompts, about.seed, total, job.batch)
+        prompts = {p["id"]: p for p in job.prompts}
+        with progress(f"{wanted.name}: images", sum(len(missing.intersection(batch)) for batch in mine)) as told:
+            making.make(own, mine, missing, prompts, about.seed, accelerator.process_index, draw, told)
+        del pipeline, draw
+        gc.collect()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        tidy(own)
+    accelerator.wait_for_everyone()
+
+
+def judged(job: Job, reward: Reward, accelerator: Accelerator, device: str) -> None:
+    """Score what the reward has not seen of any contestant, also of those of earlier commands."""
+    found = {name: gallery.entry(job.folder / name, job.asked) for name in job.asked.contestants}
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    tasks = {
+        name: scores.tasks(entry, reward, job.prompts, job.probed)[rank::processes] for name, entry in found.items()
+    }
+    if any(tasks.values()):
+        scorer = rewards.build([reward], device)[reward.key]
+        for name, wanted in tasks.items():
+            with progress(f"{name}: {reward.key}", len(wanted)) as told:
+                scores.score(
+                    job.folder / name, found[name], wanted, scorer, job.asked, job.prompts, job.batch, rank, told
+                )
+        del scorer
+        gc.collect()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for name in found:
+            tidy(job.folder / name)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def told_of_the_disk(folder: Path) -> Iterator[None]:
+    """Inside, a failure of the disk becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        remedy = REMEDIES.get(number, "make it writable")
+        raise UserError(
+            f"could not write into '{folder}': {os.strerror(number)}; {remedy}, and the same command goes on"
+        ) from error
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+    """A bar on a terminal, of the first process."""
+    quiet = not total or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+    with tqdm(total=total, disable=quiet, desc=what, unit="image") as bar:
+        yield bar.update
+
+
+def floor(baseline: Wanted) -> Wanted:
+    """The baseline with other seeds: how much of a difference chance alone makes."""
+    return replace(baseline, name=baseline.name + AGAIN)
