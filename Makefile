@@ -18,7 +18,7 @@ demo: $(STAMP)  ## Align the embedded model on shapes and judge it: minutes on t
 	$(BIN)/python -m diffalign train configs/shapes_demo.yaml --resume auto
 	$(BIN)/python -m diffalign eval --models base=tiny-sd3 grpo=runs/shapes_demo fk=tiny-sd3+fk:particles=4 \
 	    grpo_fk=runs/shapes_demo+fk:particles=4 --prompts shapes-test --first 60 --images 2 --steer-by $(PICKSCORE) \
-	    --rewards geneval $(PICKSCORE) vlm_echo:model=tiny-vlm --features dino:model=tiny-dino --out runs/shapes_demo_eval
+	    --rewards geneval $(PICKSCORE) vlm_echo:model=tiny-vlm --features dino:model=tiny-dino --dtype bf16 --out runs/shapes_demo_eval
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest

@@ -91,7 +91,7 @@ def _split(text: str, mark: str, after: str) -> tuple[str, str, str]:
     return (text[: places[-1]], mark, text[places[-1] + 1 :]) if places else (text, "", "")
 
 
-TYPES: dict[str, type | tuple[type, ...]] = {
+TYPES: dict[str, Any] = {
     **dict.fromkeys(("kernel", "weights", "base", "dtype", "revision"), str),
     "steps": int,
     "guidance": (int, float),
@@ -102,12 +102,13 @@ def _options(text: str, written: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for part in filter(None, written.split(",")):
         key, _, value = part.partition("=")
-        known: Any = value if key == "revision" else reward_entries.yaml_value(value)
         if key not in TYPES:
             raise UserError(f"--models {text!r}: there is no option '{key}'; options: {', '.join(TYPES)}")
-        if not isinstance(known, TYPES[key]) or isinstance(known, bool) or (key == "steps" and known < 1):
+        known: Any = value if key == "revision" else reward_entries.yaml_value(value)
+        odd = not isinstance(known, TYPES[key]) or isinstance(known, bool)
+        if odd or (key == "steps" and int(known) < 1):
             raise UserError(f"--models {text!r}: {value!r} does not suit '{key}'")
-        options[key] = float(known) if key == "guidance" else known
+        options[key] = known * 1.0 if key == "guidance" else known
     if options.get("weights", "ema") not in ("ema", "live"):
         raise UserError(f"--models {text!r}: weights are ema, the moving average, or live")
     return options

@@ -2,6 +2,7 @@
 
     EVAL/eval.json            what was asked; see :class:`Asked`
     EVAL/prompts.jsonl        a line a prompt: its metadata with "id", four digits, its place in the set
+    EVAL/reference.BY.npz     embeddings of the pictures that FID and KID compare with
     EVAL/NAME/run.json        a contestant; see :class:`Contestant`
     EVAL/NAME/images/ID_KK.png
     EVAL/NAME/made.jsonl      a line an image: id, k, seed, digest of the file, and what it cost
@@ -44,6 +45,7 @@ from diffalign.eval.records import (
     many,
     one,
     parts,
+    reference_file,
     stem,
     stored,
     whole_lines,
@@ -100,6 +102,12 @@ class Gallery:
     def keys(self) -> list[Key]:
         return [(p["id"], k) for p in self.prompts for k in range(self.asked.images_per_prompt)]
 
+    @cached_property
+    def reference(self) -> np.ndarray | None:
+        """[n, D] embeddings of the pictures that the images are to be distributed like."""
+        known = stored(reference_file(self.folder, self.asked)) if self.asked.reference else {}
+        return np.stack(list(known.values())) if known else None
+
     @property
     def rewards(self) -> list[str]:
         return list(self.asked.rewards)
@@ -110,7 +118,8 @@ class Gallery:
         values = np.array([[entry.value(reward, (p["id"], k)) for k in range(count)] for p in self.prompts])
         known = ~np.isnan(values)
         total = np.where(known, values, 0.0).sum(1)
-        return np.divide(total, known.sum(1), out=np.full(len(values), np.nan), where=known.any(1))
+        means: np.ndarray = np.divide(total, known.sum(1), out=np.full(len(values), np.nan), where=known.any(1))
+        return means
 
 
 def read(folder: Path | str) -> Gallery:
@@ -136,7 +145,7 @@ def read(folder: Path | str) -> Gallery:
         if len(found.made) < wanted:
             problems.append(f"{name} has {len(found.made)} of {wanted} images.")
         if gone := [key for key in found.made if not found.image(key).is_file()]:
-            problems.append(f"{name}: {len(gone)} images are missing on the disk, such as {stem(gone[0])}.png.")
+            problems.append(f"{name} lacks {len(gone)} of its images on the disk, such as {stem(gone[0])}.png.")
     if asked.baseline not in entries:
         raise UserError(f"'{path}' has no images of the baseline '{asked.baseline}' yet; run the evaluation on")
     return Gallery(path, asked, prompts, entries, problems)

@@ -46,6 +46,8 @@ class Asked(Record):
     """Key -> its section of settings, in the order of the page."""
     features: str = ""
     """What embeds the images, such as dino:model=tiny-dino; empty: nothing does."""
+    reference: str = ""
+    """Folder of pictures that the images should be distributed like, for FID and KID."""
     notes: tuple[str, ...] = ()
     """What was done to the prompts, such as leaving out repeated ones."""
 
@@ -137,6 +139,11 @@ Kind = TypeVar("Kind", bound=Record)
 
 def features_file(folder: Path, embedder: str) -> Path:
     return folder / f"{FEATURES}.{digest_of(embedder)}.npz"
+
+
+def reference_file(folder: Path, asked: Asked) -> Path:
+    """Embeddings of the reference pictures, by their digests."""
+    return folder / f"reference.{digest_of([asked.features, asked.reference])}.npz"
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:

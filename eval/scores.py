@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign import validity
+from diffalign import image_lists, validity
 from diffalign.eval import records
 from diffalign.eval.gallery import Entry
 from diffalign.eval.making import append, part_of
 from diffalign.eval.records import PROBES, Asked, Key, Score
+from diffalign.image_lists import Listed
 from diffalign.rewards import Reward, Scorer
 from diffalign.scoring import plain
 from diffalign.writing import put
@@ -109,15 +111,41 @@ def embed(
 ) -> None:
     """Embed the images that have no features yet; the file is written whole."""
     path = records.features_file(folder, found.embedder)
+    images = {made.digest: found.image(key) for key, made in found.made.items()}
+    _embed(path, {digest: partial(read, image, "") for digest, image in images.items()}, embedder, batch, told)
+
+
+def embed_reference(
+    path: Path, images: Sequence[Listed], size: tuple[int, int], embedder: Callable[[Tensor], Tensor], batch: int
+) -> None:
+    """The same of pictures of any size, which are scaled to the (height, width) of the evaluation."""
+    wanted = {records.digest_of(image.path.read_bytes()): partial(_scaled, image, size) for image in images}
+    _embed(path, wanted, embedder, batch, lambda done: None)
+
+
+def _embed(
+    path: Path,
+    wanted: Mapping[str, Callable[[], Tensor]],
+    embedder: Callable[[Tensor], Tensor],
+    batch: int,
+    told: Callable[[int], None],
+) -> None:
     known = records.stored(path)
-    keys = [key for key, made in found.made.items() if made.digest not in known]
-    for start in range(0, len(keys), batch):
-        part = keys[start : start + batch]
-        vectors = embedder(torch.stack([read(found.image(key), "") for key in part]))
-        fresh = vectors.detach().float().cpu().numpy()
-        known |= {found.made[key].digest: vector for key, vector in zip(part, fresh, strict=True)}
+    digests = [digest for digest in wanted if digest not in known]
+    for start in range(0, len(digests), batch):
+        part = digests[start : start + batch]
+        vectors = embedder(torch.stack([wanted[digest]() for digest in part]))
+        known |= dict(zip(part, vectors.detach().float().cpu().numpy(), strict=True))
         told(len(part))
-    if keys:
+    if digests:
         buffer = io.BytesIO()
-        np.savez(buffer, **{digest: vector.astype(np.float16) for digest, vector in known.items()})
+        half: dict[str, Any] = {digest: vector.astype(np.float16) for digest, vector in known.items()}
+        np.savez(buffer, **half)
         put(path, buffer.getvalue())
+
+
+def _scaled(image: Listed, size: tuple[int, int]) -> Tensor:
+    pixels = image_lists.read(image)
+    if image.size == size:
+        return pixels
+    return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)

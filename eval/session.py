@@ -22,6 +22,7 @@ from diffalign.eval.contestant import Wanted
 from diffalign.eval.features import Embedder
 from diffalign.eval.records import Asked, Contestant
 from diffalign.eval.run_facts import versions
+from diffalign.image_lists import Listed
 from diffalign.rewards import Reward
 from diffalign.sections import Sampling
 from diffalign.types import UserError
@@ -39,6 +40,7 @@ class Job:
         sampling: of contestants that name none of their own; height and width of all.
         probed: prompts whose first image is scored degraded, and with another prompt, as well.
         batch: images at once; changes no result.
+        reference: pictures that FID and KID compare with.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Job:
     probed: int
     batch: int
     command: str
+    reference: list[Listed]
 
 
 def agreed(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> Asked:
@@ -78,6 +81,7 @@ def agreed(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> 
             "contestants": tuple(dict.fromkeys([*before.contestants, *asked.contestants])),
             "rewards": {**before.rewards, **asked.rewards},
             "features": asked.features or before.features,
+            "reference": asked.reference or before.reference,
         }
     )
 
@@ -88,7 +92,7 @@ def run(job: Job, device: str | None) -> bool:
     cpu = device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu)
     where = device or str(accelerator.device)
-    main = accelerator.is_main_process
+    main = bool(accelerator.is_main_process)
     try:
         with told_of_the_disk(job.folder):
             if main:
@@ -104,6 +108,10 @@ def run(job: Job, device: str | None) -> bool:
                     found = gallery.entry(job.folder / name, job.asked)
                     with progress(f"{name}: features", len(found.made)) as told:
                         scores.embed(job.folder / name, found, embedder, job.batch, told)
+                if job.reference:
+                    size = (job.asked.height, job.asked.width)
+                    path = records.reference_file(job.folder, job.asked)
+                    scores.embed_reference(path, job.reference, size, embedder, job.batch)
     except KeyboardInterrupt:
         if main:
             print(f"what is done stays in {job.folder}; the same command goes on", file=sys.stderr)

@@ -15,7 +15,8 @@ VARIED = {"vendi": set_metrics.vendi, "distance": set_metrics.pairwise_distance}
 
 
 def diversity(gallery: Gallery) -> dict[str, Any] | None:
-    """Within the images of a prompt: Vendi score and mean 1 - cos; `alike`: mean cosine between different prompts.
+    """Within the images of a prompt: Vendi score and mean 1 - cos. `alike`: mean cosine between different prompts.
+    `fid` and `kid`: to the reference pictures, where there are any.
 
     None when no contestant has embeddings.
     """
@@ -27,7 +28,17 @@ def diversity(gallery: Gallery) -> dict[str, Any] | None:
         for kind in VARIED:
             own, other = (np.array(m[kind]["per_prompt"]) for m in (found, base))
             found[kind] |= _summary(own) | {"change": _change(own, other)}
-    return {"images_per_prompt": gallery.asked.images_per_prompt, "models": models}
+    reference = gallery.reference
+    if reference is not None:
+        for name, entry in gallery.entries.items():
+            own = np.array(list(entry.features.values()), np.float64)
+            for kind, distance in {"fid": set_metrics.fid, "kid": set_metrics.kid}.items():
+                models[name][kind] = distance(own, reference.astype(np.float64)) if len(own) > 1 else math.nan
+    return {
+        "images_per_prompt": gallery.asked.images_per_prompt,
+        "reference": 0 if reference is None else len(reference),
+        "models": models,
+    }
 
 
 def _varied(gallery: Gallery, entry: Entry) -> dict[str, Any]:

@@ -254,7 +254,8 @@ def _size(path: Path) -> tuple[int, int] | None:
     """From the file's first bytes; None for what is no picture, as the page says of it elsewhere."""
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            return width, height
     except (OSError, ValueError, SyntaxError):  # Pillow's for a damaged PNG
         return None
 

@@ -130,7 +130,7 @@ def test_only_what_is_missing_is_made(world: Path, whole: Path, tmp_path: Path) 
     gone = folder / "other" / "images" / "0001_00.png"
     gone.unlink()
     Image.new("RGB", (32, 32)).save(folder / "other" / "images" / "0002_00.png")  # no longer what was scored
-    assert "1 images are missing" in " ".join(gallery.read(folder).problems)
+    assert "lacks 1 of its images" in " ".join(gallery.read(folder).problems)
     kept = times()
     assert main(["eval", *command(world, folder)]) == 0
     anew = {name for name, at in times().items() if kept.get(name) != at}
@@ -178,6 +178,19 @@ def test_steered_starts_from_the_same_noise(world: Path, tmp_path: Path) -> None
     assert {m.nfe for m in base.made.values()} == {3} and {m.nfe for m in four.made.values()} == {12}
     assert four.about.kind == "steered" and four.about.trained_on == ("redness",) and base.about.trained_on == ()
     assert len(four.lines(records.LINEAGE)) == 6
+
+
+def test_reference_pictures_give_fid_and_kid(world: Path, tmp_path: Path) -> None:
+    """The baseline's own pictures are the reference: its distance is 0, and the other model's is not."""
+    folder, pictures = tmp_path / "e", tmp_path / "pictures"
+    assert main(["eval", *command(world, folder)]) == 0
+    shutil.copytree(folder / "base" / "images", pictures)
+    options = ["--features", "dino:model=tiny-dino", "--reference", str(pictures)]
+    assert main(["eval", *command(world, folder, *options)]) == 0
+    told = json.loads((folder / "report.json").read_text("utf-8"))["diversity"]
+    assert told["reference"] == 6
+    base, other = told["models"]["base"], told["models"]["other"]
+    assert abs(base["fid"]) < 1e-3 < other["fid"] and base["kid"] < other["kid"]
 
 
 @pytest.mark.parametrize(

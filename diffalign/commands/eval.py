@@ -7,10 +7,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from diffalign import prompt_sets, reward_entries
+from diffalign import image_lists, prompt_sets, reward_entries
 from diffalign.commands import _common
 from diffalign.config_help import validated
 from diffalign.eval import contestant
+from diffalign.eval.features import Embedder
 from diffalign.eval.records import Asked
 from diffalign.sections import Sampling
 from diffalign.types import UserError
@@ -43,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:model=M]",
         help="embeds the images for diversity, such as dino:model=tiny-dino",
     )
+    parser.add_argument("--reference", metavar="DIR", help="pictures to compare with by FID and KID of --features")
     parser.add_argument(
         "--probes", type=int, default=64, metavar="N", help="prompts probed for reward hacking (default 64)"
     )
@@ -74,6 +76,11 @@ def run(args: argparse.Namespace) -> None:
     steering = reward_entries.parse_fixed(args.steer_by) if args.steer_by else chosen[:1]
     if args.steer_by and not any(w.steering for w in wanted):
         raise UserError("eval: --steer-by has no effect without a steered model such as fk=tiny-sd3+fk; leave it out")
+    if args.features:
+        Embedder.parse(args.features)
+    if args.reference and not args.features:
+        raise UserError("eval: --reference compares embeddings; add --features, such as dino:model=tiny-dino")
+    reference = image_lists.find(args.reference) if args.reference else []
     entries, notes = prompt_sets.load(args.prompts)
     entries = [{**entry, "id": f"{n:04d}"} for n, entry in enumerate(entries[: args.first])]
     given = {k: v for k in ("height", "width") if (v := getattr(args, k)) is not None}
@@ -98,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         contestants=tuple(w.name for w in wanted),
         rewards={r.key: r.model_dump(mode="json") for r in chosen},
         features=args.features,
+        reference=args.reference or "",
         notes=tuple(notes),
     )
     folder = Path(args.out)
@@ -113,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
         probed=args.probes,
         batch=args.batch,
         command=shlex.join(["diffalign", *sys.argv[1:]]),
+        reference=reference,
     )
     if session.run(job, args.device):
         page = gallery_report.write(folder)
