@@ -193,7 +193,18 @@ def test_the_log_compares_its_first_and_last_tenth(tmp_path: Path) -> None:
     log(own.folder, [{"phase": "eval", "r": 9.0}, *({"phase": "train", "r": float(n)} for n in range(100))])
     found = log_rise(own, "r")
     assert found is not None and (found.base, found.own) == (4.5, 94.5)
-    assert found.error == pytest.approx(math.sqrt(2 * np.var(range(10), ddof=1) / 10))
+    noise = np.random.default_rng(0).normal(size=100_000)
+    log(own.folder, [{"phase": "train", "r": value} for value in noise])
+    found = log_rise(own, "r")
+    assert found is not None and found.error == pytest.approx(math.sqrt(2 / 10_000), rel=0.02)
+
+
+def test_a_reward_that_rises_at_once_and_gives_some_back_has_risen(tmp_path: Path) -> None:
+    own = entry(tmp_path, "own", 1)
+    steep = [-1.53, -1.40, -1.18, -1.09, -0.94, *[-0.82] * 10, -0.93, -0.95, -1.03, -1.07, -1.10]
+    log(own.folder, [{"phase": "train", "r": value} for value in steep])
+    found = log_rise(own, "r")
+    assert found is not None and found.mean > 3 * found.error
 
 
 @pytest.mark.parametrize(("top", "level"), [(0.7, "green"), (0.9, "amber"), (1.0, "red")])
