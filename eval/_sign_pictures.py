@@ -147,7 +147,7 @@ def duplicates(gallery: Gallery, entry: Entry) -> Sign:
         if own[i] > cosine and len(pairs) < EXAMPLES:
             pairs.setdefault((min(keys[i], keys[partner[i]]), max(keys[i], keys[partner[i]])), min(1.0, float(own[i])))
     listed: list[Any] = [[list(a), list(b), value] for (a, b), value in pairs.items()]
-    return DUPLICATES.verdict(entry, [finding], said, cosine=cosine, pairs=listed)
+    return DUPLICATES.verdict(entry, [finding], f"{said[:-1]}{finding.hedge}.", cosine=cosine, pairs=listed)
 
 
 def nearest(keys: list[Key], features: dict[Key, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -82,7 +82,7 @@ def score(
                     score=None if math.isnan(value) else value,
                     valid=reasons[row] is None,
                     probe=probe,
-                    details={} if probe else details,
+                    details={k: v for k, v in details.items() if isinstance(v, str)} if probe else details,  # no maps
                 )
             )
         append(part_of(folder / records.SCORES, rank), lines)
