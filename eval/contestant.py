@@ -12,7 +12,7 @@ import yaml
 
 from diffalign import reward_entries
 from diffalign.pipelines import embedded_names
-from diffalign.steering import Steering, resolve
+from diffalign.steering import Steering, parse_options, resolve
 from diffalign.types import UserError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -75,7 +75,7 @@ def _parse(text: str) -> Wanted:
     source, _, written = _split(rest, "@", r"\w+=")
     source, _, steering = _split(source, "+", r"[a-z]\w*(:|$)")
     options = _options(text, written)
-    method = _steering(text, steering) if steering else None
+    method = resolve({"select": "best", **parse_options(steering, f"--models {text!r}")}) if steering else None
     about = _source(text, source, options)
     own = {key: options[key] for key in ("steps", "guidance", "kernel", "dtype") if key in options}
     if method is not None:
@@ -112,17 +112,6 @@ def _options(text: str, written: str) -> dict[str, Any]:
     if options.get("weights", "ema") not in ("ema", "live"):
         raise UserError(f"--models {text!r}: weights are ema, the moving average, or live")
     return options
-
-
-def _steering(text: str, written: str) -> Steering:
-    name, _, rest = written.partition(":")
-    options: dict[str, Any] = {"name": name, "select": "best"}
-    for part in filter(None, rest.split(",")):
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f"--models {text!r}: {part!r} is no option; write OPTION=VALUE after the colon")
-        options[option] = reward_entries.yaml_value(value)
-    return resolve(options)
 
 
 def _source(text: str, source: str, options: dict[str, Any]) -> dict[str, Any]:

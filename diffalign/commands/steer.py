@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign import prompts, reward_entries
 from diffalign.commands import _common
 from diffalign.listing import summaries
-from diffalign.steering import Steering, parse_kernel, resolve
+from diffalign.steering import Steering, parse_kernel, parse_options, resolve
 from diffalign.types import UserError
 
 if TYPE_CHECKING:
@@ -156,13 +156,7 @@ def described(name: str, summary: str) -> str:
 
 def chosen_method(args: argparse.Namespace) -> Steering:
     """The method with the options of its own text, then those that have a flag of their own."""
-    name, _, rest = args.method.partition(":")
-    options: dict[str, Any] = {"name": name, "select": args.select}
-    for part in filter(None, rest.split(",")):
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f"--method {args.method!r}: {part!r} is no option; write OPTION=VALUE after the colon")
-        options[option] = reward_entries.yaml_value(value)
+    options = {"select": args.select, **parse_options(args.method, f"--method {args.method!r}")}
     points = args.resample_at
     if points is not None and points not in ("auto", "all"):
         points = tuple(whole_numbers(points, "--resample-at"))

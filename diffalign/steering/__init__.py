@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
 
+import yaml
 from pydantic import Field
 
 from diffalign.listing import nearest
@@ -141,6 +142,21 @@ def resolve(method: str | Mapping[str, Any] | Steering) -> Steering:
     if not (isinstance(found, type) and issubclass(found, Steering)):
         raise UserError(f"'{options['name']}' is no Steering class")
     return configured(found, options, "steering")
+
+
+def parse_options(text: str, where: str) -> dict[str, Any]:
+    """'fk:particles=8,lam=auto' -> the section that `resolve` takes; values are YAML. UserError, told from `where`."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {"name": name}
+    for part in filter(None, rest.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"{where}: {part!r} is no option; write OPTION=VALUE after the colon")
+        try:
+            options[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where}: {value!r} is no YAML value; put it in quotes") from error
+    return options
 
 
 def parse_kernel(text: str) -> tuple[str, float]:
