@@ -35,7 +35,7 @@ def traded(gallery: Gallery, entry: Entry) -> Sign:
     reward that the evaluation did not score, the rise is that of the training log. Red when the fall is also
     beyond chance.
     """
-    trained, name = entry.about.trained_on, entry.about.name
+    trained, name = gallery.trained(entry), entry.about.name
     held_out = compared(gallery, entry, [r for r in gallery.rewards if r not in trained])
     if not held_out:
         return TRADED.unknown(entry, "No reward was scored that it was not trained on; add one to the evaluation.")

@@ -31,7 +31,7 @@ def exhausted(gallery: Gallery, entry: Entry) -> Sign:
             f"at the start for {c.base:.0%}."
         )
         findings.append(Finding("prompts without a difference", level, c, c.own, FLAT, said))
-    for reward in (r for r in gallery.rewards if r in entry.about.trained_on):
+    for reward in (r for r in gallery.rewards if r in gallery.trained(entry)):
         share = change(*at_top(gallery, entry, reward))
         if share is None:
             continue

@@ -11,12 +11,16 @@ from typing import Any
 import yaml
 
 from diffalign import reward_entries
-from diffalign.pipelines import embedded_names
+from diffalign.eval.records import digest_of
+from diffalign.pipelines import DTYPES, embedded_names, embedded_path
 from diffalign.steering import Steering, parse_options, resolve
 from diffalign.types import UserError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+AGAIN = "-again"  # the noise floor's name is the baseline's with this behind it
+TAKEN = ("eval.json", "prompts.jsonl", "report.json", "report.md", "index.html", "img")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KERNELS = ("ode", "dpm2")
 HELP = (
     "NAME=SOURCE, such as base=tiny-sd3, grpo=runs/grpo (a training run), style=lora_folder@base=tiny-sd3, "
     "fk=tiny-sd3+fk:particles=8 (steered) or few=runs/few@steps=4,guidance=1; the first is the baseline"
@@ -33,6 +37,7 @@ class Wanted:
         lora, run: folders, where it has them.
         weights: 'moving average' or 'live' of a run; 'as they are' of the others.
         steps, guidance, kernel: of its own, where it has any.
+        again: it is the baseline with other seeds.
         trained_on: names of the rewards of its run.
     """
 
@@ -51,6 +56,7 @@ class Wanted:
     guidance: float | None = None
     kernel: str | None = None
     dtype: str | None = None
+    again: bool = False
 
 
 def parse(texts: Sequence[str]) -> list[Wanted]:
@@ -72,6 +78,8 @@ def _parse(text: str) -> Wanted:
         raise UserError(
             f"--models {text!r}: the name {name!r} names a folder too; use letters, digits, '.', '_' and '-'"
         )
+    if name.endswith(AGAIN) or name.lower() in TAKEN:
+        raise UserError(f"--models {text!r}: the evaluation uses the name {name!r} itself; choose another")
     source, _, written = _split(rest, "@", r"\w+=")
     source, _, steering = _split(source, "+", r"[a-z]\w*(:|$)")
     options = _options(text, written)
@@ -109,6 +117,16 @@ def _options(text: str, written: str) -> dict[str, Any]:
         if odd or (key == "steps" and int(known) < 1):
             raise UserError(f"--models {text!r}: {value!r} does not suit '{key}'")
         options[key] = known * 1.0 if key == "guidance" else known
+    if options.get("kernel", "ode") not in KERNELS:
+        raise UserError(
+            f"--models {text!r}: images are compared without noise of the way; kernels: {', '.join(KERNELS)}"
+        )
+    if options.get("dtype", "fp32") not in DTYPES:
+        raise UserError(f"--models {text!r}: dtypes are {', '.join(DTYPES)}")
+    if options.get("guidance", 1) < 1:
+        raise UserError(f"--models {text!r}: guidance must be at least 1")
+    if "+" in options.get("base", "") and not Path(options["base"]).exists():
+        raise UserError(f"--models {text!r}: write +METHOD before the @")
     if options.get("weights", "ema") not in ("ema", "live"):
         raise UserError(f"--models {text!r}: weights are ema, the moving average, or live")
     return options
@@ -169,3 +187,31 @@ def _run(text: str, path: Path, options: dict[str, Any]) -> dict[str, Any]:
 def _exists(text: str, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"--models {text!r}: '{folder}' is not there yet; let the run finish, or resume it")
+
+
+def digest(wanted: Wanted) -> str:
+    """Of the weights that lie on this machine: sizes of the files and samples of them, so that large ones cost nothing.
+
+    Empty for a hub id without a LoRA, which its revision names.
+    """
+    places = [path for path in (wanted.lora, _folder(wanted.model)) if path is not None]
+    found = []
+    for place in places:
+        files = [place] if place.is_file() else sorted(place.rglob("*.safetensors"))
+        found += [[str(file.name), file.stat().st_size, digest_of(_samples(file))] for file in files]
+    return digest_of(found) if found else ""
+
+
+def _folder(model: str) -> Path | None:
+    path = embedded_path(model) if model in embedded_names() else Path(model).expanduser()
+    return path if path.is_dir() else None
+
+
+def _samples(file: Path, length: int = 1 << 20) -> bytes:
+    """The first, the middle and the last MiB."""
+    size, parts = file.stat().st_size, []
+    with open(file, "rb") as opened:
+        for start in (0, size // 2, size - length):
+            opened.seek(max(0, start))
+            parts.append(opened.read(length))
+    return b"".join(parts)

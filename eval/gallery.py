@@ -108,6 +108,12 @@ class Gallery:
         known = stored(reference_file(self.folder, self.asked)) if self.asked.reference else {}
         return np.stack(list(known.values())) if known else None
 
+    def trained(self, entry: Entry) -> list[str]:
+        """Keys of the evaluated rewards that a contestant was trained on or steered by, under any settings."""
+        known = set(entry.about.trained_on)
+        heads = {key: str(section.get("name", key)) for key, section in self.asked.rewards.items()}
+        return [key for key, head in heads.items() if known & {key, head, head.rpartition(".")[2]}]
+
     @property
     def rewards(self) -> list[str]:
         return list(self.asked.rewards)
@@ -133,6 +139,8 @@ def read(folder: Path | str) -> Gallery:
         n for n, p in enumerate(prompts) if p.get("id") != f"{n:04d}" or not isinstance(p.get("prompt"), str)
     ]:
         raise UserError(f"line {strange[0] + 1} of '{path / PROMPTS}' is damaged; evaluate into a new folder")
+    if not prompts:
+        raise UserError(f"'{path / PROMPTS}' is missing or empty; evaluate into a new folder")
     problems: list[str] = []
     entries = {}
     for name in asked.contestants:

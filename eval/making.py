@@ -26,6 +26,7 @@ from diffalign.rollout import collect, sample_seed
 from diffalign.sections import Sampling
 from diffalign.steer import Steer
 from diffalign.steering import resolve
+from diffalign.types import UserError
 from diffalign.writing import put
 
 EVALUATION = 2**32 - 2  # in place of an epoch, so that no image starts like one of a training run
@@ -135,11 +136,15 @@ def sampler(
     if not foreign or wanted.guidance is not None:  # a foreign pipeline has its own
         arguments["guidance_scale"] = sampling.guidance
     if wanted.steering is None:
-        steer, share = Steer(pipeline, "jpeg", resolve({"name": "best_of_n", "particles": 1}), "ode", None, batch), 0
-    else:
-        steer = Steer(pipeline, list(rewards), wanted.steering, None, None, batch)
-        method, _, spent = steer.calibrated(prompts, sampling.steps, seed, arguments)
-        steer, share = steer.using(method), math.ceil(spent / images)
+        if wanted.kernel is not None:
+            raise UserError(f"'{wanted.name}' is sampled by its pipeline's own scheduler; leave kernel out")
+        alone = Steer(pipeline, "jpeg", resolve({"name": "best_of_n", "particles": 1}), "ode", None, batch)
+        return lambda entries, seeds: (
+            Drawn(one.image, one.nfe) for one in steered(alone, entries, seeds, sampling.steps, arguments, 0)
+        )
+    steer = Steer(pipeline, list(rewards), wanted.steering, None, None, batch)
+    method, _, spent = steer.calibrated(prompts, sampling.steps, seed, arguments)
+    steer, share = steer.using(method), math.ceil(spent / images)
     return lambda entries, seeds: steered(steer, entries, seeds, sampling.steps, arguments, share)
 
 

@@ -125,16 +125,3 @@ def pareto(points: np.ndarray) -> list[bool]:
     mine, theirs = x[:, None], x[None, :]
     worse: np.ndarray = np.all(theirs >= mine, -1) & np.any(theirs > mine, -1)
     return [not (row.any() or np.isnan(point).any()) for row, point in zip(worse, x, strict=True)]
-
-
-def ellipse(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean [2], covariance [2, 2]) of the mean of (x, y) under the bootstrap over prompts, in its limit.
-
-    With n prompts, covariance = sum of (z - mean)(z - mean)^T / n^2. Prompts where x or y [P] is NaN are left out; NaN
-    for no prompts, and a covariance of NaN for fewer than two.
-    """
-    z = np.stack([np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)])
-    z = z[:, ~np.isnan(z).any(0)]
-    n = z.shape[1]
-    mean = z.mean(1) if n else np.full(2, np.nan)
-    return mean, np.cov(z, ddof=0) / n if n > 1 else np.full((2, 2), np.nan)

@@ -20,6 +20,7 @@ from diffalign.types import UserError
 SETTINGS, PROMPTS, RUN, MADE, SCORES = "eval.json", "prompts.jsonl", "run.json", "made.jsonl", "scores.jsonl"
 IMAGES, FEATURES, LOOKS, METRICS, LINEAGE = "images", "features", "looks.jsonl", "metrics.jsonl", "lineage.jsonl"
 PROBES = ("degraded", "shuffled")  # the image after JPEG and half its size and back; the text of another prompt
+LOCK = ".lock"  # held by the command that works in the folder
 Key = tuple[str, int]  # (prompt id, number of the image among its prompt's)
 
 
@@ -69,7 +70,12 @@ class Contestant(Record):
     kernel: str
     steering: dict[str, Any] | None = None
     trained_on: tuple[str, ...] = ()
-    """Keys of the rewards that it was trained on or steered by."""
+    """Names of the heads that it was trained on or steered by; see :meth:`Gallery.trained`."""
+    steered_by: dict[str, dict[str, Any]] = {}
+    """The rewards of its steering: key -> section of settings."""
+    dtype: str = "fp32"
+    digest: str = ""
+    """Of its weights, where they are files on this machine."""
     again: str | None = None
     """It is that contestant with other seeds: the noise floor."""
     seed: int
@@ -168,6 +174,15 @@ def parts(folder: Path, name: str) -> list[Path]:
     return [first, *sorted(folder.glob(f"{first.stem}.*{first.suffix}"))]
 
 
+def asked_before(folder: Path) -> Asked | None:
+    """What an evaluation in this folder was asked; None in a new one. UserError for a folder of something else."""
+    if not folder.exists() or (folder.is_dir() and not any(p.name != LOCK for p in folder.iterdir())):
+        return None
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"'{folder}' is not empty and holds no {SETTINGS}; name a new folder")
+    return one(Asked, folder / SETTINGS)
+
+
 def digest_of(value: Any) -> str:
     """16 hexadecimal digits of bytes, or of a value's JSON."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
@@ -191,13 +206,13 @@ def many(kind: type[Kind], path: Path) -> Iterator[Kind]:
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, object) of a JSONL file's lines; of a missing file none, and not what follows its last newline."""
-    lines = path.read_text("utf-8").split("\n") if path.is_file() else []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines[:-1], 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"line {number} of '{path}' is damaged; take it out, and it is made again") from error
         if isinstance(value, dict):
             yield number, value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import gc
 import os
 import sys
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from diffalign import rewards
 from diffalign.eval import gallery, making, records, scores
-from diffalign.eval.contestant import Wanted
+from diffalign.eval.contestant import AGAIN, Wanted, digest
 from diffalign.eval.features import Embedder
 from diffalign.eval.records import Asked, Contestant
 from diffalign.eval.run_facts import versions
@@ -28,7 +30,8 @@ from diffalign.sections import Sampling
 from diffalign.types import UserError
 from diffalign.writing import REMEDIES, put
 
-AGAIN = "-again"  # the noise floor's name is the baseline's with this behind it
+DISK = {*REMEDIES, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EPERM}
+SAME = ("digest", "model", "weights", "steps", "guidance", "kernel", "dtype", "steering", "steered_by", "seed")
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,13 @@ class Job:
 def agreed(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> Asked:
     """What the folder was asked before, with what is new; nothing is written.
 
-    Raises UserError for a folder of something else, or an evaluation of other prompts, seeds or sizes.
+    Raises UserError for an evaluation of other prompts, seeds or sizes.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    old = records.asked_before(folder)
+    if old is None:
         return asked
-    if not (folder / records.SETTINGS).is_file():
-        raise UserError(f"'{folder}' is not empty and holds no {records.SETTINGS}; name a new folder")
-    before = records.one(Asked, folder / records.SETTINGS)
     for key in ("images_per_prompt", "seed", "height", "width", "baseline"):
-        was, now = getattr(before, key), getattr(asked, key)
+        was, now = getattr(old, key), getattr(asked, key)
         if was != now:
             raise UserError(
                 f"the evaluation in '{folder}' has {key} {was!r}, not {now!r}; give the same, or name a new folder"
@@ -78,10 +79,10 @@ def agreed(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> 
         raise UserError(f"the evaluation in '{folder}' has other prompts; give the same, or name a new folder")
     return asked.model_copy(
         update={
-            "contestants": tuple(dict.fromkeys([*before.contestants, *asked.contestants])),
-            "rewards": {**before.rewards, **asked.rewards},
-            "features": asked.features or before.features,
-            "reference": asked.reference or before.reference,
+            "contestants": tuple(dict.fromkeys([*old.contestants, *asked.contestants])),
+            "rewards": {**old.rewards, **asked.rewards},
+            "features": asked.features or old.features,
+            "reference": asked.reference or old.reference,
         }
     )
 
@@ -94,7 +95,7 @@ def run(job: Job, device: str | None) -> bool:
     where = device or str(accelerator.device)
     main = bool(accelerator.is_main_process)
     try:
-        with told_of_the_disk(job.folder):
+        with told_of_the_disk(job.folder), alone(job.folder, main):
             if main:
                 begin(job)
             accelerator.wait_for_everyone()
@@ -104,7 +105,7 @@ def run(job: Job, device: str | None) -> bool:
                 judged(job, reward, accelerator, where)
             if main and job.asked.features:
                 embedder = Embedder.of(job.asked.features, where)
-                for name in job.asked.contestants:
+                for name in begun(job):
                     found = gallery.entry(job.folder / name, job.asked)
                     with progress(f"{name}: features", len(found.made)) as told:
                         scores.embed(job.folder / name, found, embedder, job.batch, told)
@@ -120,6 +121,11 @@ def run(job: Job, device: str | None) -> bool:
     return main
 
 
+def begun(job: Job) -> list[str]:
+    """The contestants that have a folder: one that was asked for before may have been removed since."""
+    return [name for name in job.asked.contestants if (job.folder / name / records.RUN).is_file()]
+
+
 def begin(job: Job) -> None:
     """The files that say what was asked; lines that a killed process left go into one file."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -133,17 +139,20 @@ def begin(job: Job) -> None:
         now = described(job, wanted)
         if (own / records.RUN).is_file():
             before = records.one(Contestant, own / records.RUN)
-            same = ("model", "weights", "steps", "guidance", "kernel", "steering", "seed", "spec")
-            if other := [key for key in same if getattr(before, key) != getattr(now, key)]:
-                raise UserError(
-                    f"'{wanted.name}' had {other[0]} {getattr(before, other[0])!r}, not {getattr(now, other[0])!r}; "
-                    f"give it another name, or remove '{own}'"
-                )
+            if other := [key for key in SAME if getattr(before, key) != getattr(now, key)]:
+                was = changed(other[0], getattr(before, other[0]), getattr(now, other[0]))
+                raise UserError(f"'{wanted.name}' had {was}; give it another name, or remove '{own}'")
             now = now.model_copy(update={"date": before.date, "command": before.command})
         making.copied(wanted, own)
         put(own / records.RUN, now.model_dump_json(indent=1) + "\n")
-    for name in job.asked.contestants:
+    for name in begun(job):
         tidy(job.folder / name)
+
+
+def changed(key: str, was: Any, now: Any) -> str:
+    if key == "digest":
+        return "other weights when its images were made"
+    return f"another {key}" if isinstance(was, dict) or isinstance(now, dict) else f"{key} {was!r}, not {now!r}"
 
 
 def tidy(folder: Path) -> None:
@@ -151,9 +160,7 @@ def tidy(folder: Path) -> None:
 
 
 def described(job: Job, wanted: Wanted) -> Contestant:
-    heads = [r.name for r in job.steering] if wanted.steering is not None else []
-    trained = {*wanted.trained_on, *heads}
-    again = wanted.name == job.asked.baseline + AGAIN
+    steering = job.steering if wanted.steering is not None else []
     return Contestant(
         name=wanted.name,
         spec=wanted.spec,
@@ -164,10 +171,13 @@ def described(job: Job, wanted: Wanted) -> Contestant:
         guidance=job.sampling.guidance if wanted.guidance is None else wanted.guidance,
         kernel=wanted.kernel or job.sampling.kernel,
         steering=None if wanted.steering is None else wanted.steering.model_dump(mode="json"),
-        trained_on=tuple(key for key, section in job.asked.rewards.items() if section["name"] in trained),
-        again=job.asked.baseline if again else None,
-        seed=job.asked.seed + again,
+        steered_by={r.key: r.model_dump(mode="json") for r in steering},
+        trained_on=tuple(dict.fromkeys([*wanted.trained_on, *(r.name for r in steering)])),
+        again=job.asked.baseline if wanted.again else None,
+        seed=job.asked.seed + wanted.again,
         method=wanted.method or ("" if wanted.steering is None else wanted.steering.name),
+        dtype=wanted.dtype or job.dtype,
+        digest=digest(wanted),
         command=job.command,
         date=datetime.date.today().isoformat(),
         versions=versions(),
@@ -179,7 +189,9 @@ def images(job: Job, wanted: Wanted, accelerator: Accelerator, device: str) -> N
     own = job.folder / wanted.name
     about = records.one(Contestant, own / records.RUN)
     missing = making.missing(own, job.asked, job.prompts)
-    every = making.batches(job.asked, job.prompts, job.batch, missing)
+    # steered images are made one by one, so none is made again because of another
+    size = 1 if wanted.steering is not None else job.batch
+    every = making.batches(job.asked, job.prompts, size, missing)
     mine = every[accelerator.process_index :: accelerator.num_processes]
     if mine:
         pipeline = making.load(wanted, device, job.dtype)
@@ -199,7 +211,7 @@ def images(job: Job, wanted: Wanted, accelerator: Accelerator, device: str) -> N
 
 def judged(job: Job, reward: Reward, accelerator: Accelerator, device: str) -> None:
     """Score what the reward has not seen of any contestant, also of those of earlier commands."""
-    found = {name: gallery.entry(job.folder / name, job.asked) for name in job.asked.contestants}
+    found = {name: gallery.entry(job.folder / name, job.asked) for name in begun(job)}
     rank, processes = accelerator.process_index, accelerator.num_processes
     tasks = {
         name: scores.tasks(entry, reward, job.prompts, job.probed)[rank::processes] for name, entry in found.items()
@@ -221,12 +233,29 @@ def judged(job: Job, reward: Reward, accelerator: Accelerator, device: str) -> N
 
 
 @contextmanager
+def alone(folder: Path, main: bool) -> Iterator[None]:
+    """Inside, no other command can work in the folder; the lock goes with the process."""
+    if not main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / records.LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another evaluation works in '{folder}'; wait for it, or name another folder") from None
+        yield
+
+
+@contextmanager
 def told_of_the_disk(folder: Path) -> Iterator[None]:
     """Inside, a failure of the disk becomes a UserError."""
     try:
         yield
     except OSError as error:
         number = error.errno or 0
+        if number not in DISK:  # a reward's, say
+            raise
         remedy = REMEDIES.get(number, "make it writable")
         raise UserError(
             f"could not write into '{folder}': {os.strerror(number)}; {remedy}, and the same command goes on"
@@ -243,4 +272,4 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
 
 def floor(baseline: Wanted) -> Wanted:
     """The baseline with other seeds: how much of a difference chance alone makes."""
-    return replace(baseline, name=baseline.name + AGAIN)
+    return replace(baseline, name=baseline.name + AGAIN, again=True)

@@ -5,8 +5,6 @@ Features are rows [n, D] of any encoder, such as those of :mod:`diffalign.eval.f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from diffalign.types import UserError
@@ -85,15 +83,6 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
         return float("nan")
     within = [(_kernel_sum(x, x) - _kernel_diagonal(x)) / (len(x) * (len(x) - 1)) for x in (a, b)]
     return sum(within) - 2 * _kernel_sum(a, b) / (n * m)
-
-
-def leave_one_out(measure: Callable[[np.ndarray], float], features: np.ndarray) -> np.ndarray:
-    """[n] float64: measure(S) - measure(S without row i), what each member adds to a set (as arXiv 2504.15217 rewards).
-
-    Calls `measure`, such as :func:`vendi`, n + 1 times.
-    """
-    whole = measure(features)
-    return np.array([whole - measure(np.delete(features, i, axis=0)) for i in range(len(features))], dtype=np.float64)
 
 
 def unit(features: np.ndarray) -> np.ndarray:

@@ -80,9 +80,9 @@ def bootstrap_mean(
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return float("nan"), float("nan")
-    if np.ptp(x) == 0:
-        # Every resample has the same mean, and BCa would divide by the spread.
-        return float(x[0]), float(x[0])
+    if np.ptp(x) <= 1e-12 * np.abs(x).max():
+        # Every resample has the same mean but for rounding, and BCa would divide by the spread.
+        return float(x.mean()), float(x.mean())
     interval = stats.bootstrap(
         (x,),
         np.mean,

@@ -15,6 +15,8 @@ from diffalign.eval.oddities import oddities
 from diffalign.eval.set_tables import cost, diversity, looks
 from diffalign.eval.statistics import Paired, bootstrap_mean, paired, wilson
 
+FEW = 50  # prompts below which intervals are corrected for bias and skew
+FEWEST = 6  # prompts below which not even all of one sign are beyond chance (sign test)
 DISTANCE = "diversity"  # the axis of trade-offs that is no reward: mean 1 - cos within a prompt
 Numbers = dict[str, Any]
 
@@ -59,12 +61,6 @@ def noise(gallery: Gallery) -> list[str]:
     return [name for name, e in gallery.entries.items() if e.about.again == gallery.asked.baseline]
 
 
-def trained_on(gallery: Gallery, name: str, reward: str) -> bool:
-    """Whether the contestant was trained on that reward or steered by it, under its key or its head's name."""
-    head = str(gallery.asked.rewards[reward].get("name", reward))
-    return bool({reward, head, head.rpartition(".")[2]} & set(gallery.entries[name].about.trained_on))
-
-
 def plain(value: Any) -> Any:
     """The same in what JSON knows; NaN and infinities become None."""
     if isinstance(value, Mapping):
@@ -83,7 +79,8 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any] | None:
     both = np.isfinite(a) & np.isfinite(b)
     if not both.any():
         return None
-    found = paired(a[both].tolist(), b[both].tolist())
+    few = both.sum() < FEW
+    found = paired(a[both].tolist(), b[both].tolist(), method="BCa" if few else "percentile")
     low, high = wilson(found.wins, found.wins + found.losses)
     return {
         "mean": found.mean, "low": found.low, "high": found.high, "standard_error": found.standard_error,
@@ -94,7 +91,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any] | None:
 
 
 def direction(found: Paired) -> str:
-    """up or down where the interval of the difference excludes zero, else open."""
+    """up or down where the interval of the difference excludes zero, else open; so few prompts show nothing."""
+    if found.n < FEWEST:
+        return "open"
     return "up" if found.low > 0 else "down" if found.high < 0 else "open"
 
 
@@ -119,7 +118,7 @@ def _reward(gallery: Gallery, reward: str, scores: np.ndarray) -> dict[str, Any]
         models[name] = {
             **mean(own), "delta": delta, "scored": len(said),
             "invalid": sum(not s.valid for s in said), "errors": errors[:3],
-            "trained": trained_on(gallery, name, reward),
+            "trained": reward in gallery.trained(gallery.entries[name]),
         }  # fmt: skip
     means = {name: m["mean"] for name, m in models.items() if name not in floor and math.isfinite(m["mean"])}
     top = max(means.values(), default=math.nan)

@@ -348,7 +348,7 @@ def test_gaps_are_told_in_sentences(tmp_path: Path) -> None:
     page = rendered(tmp_path)
     for sentence in (
         "late was asked for and has not begun.",
-        "missing on the disk, such as 0002_01.png.",
+        "of its images on the disk, such as 0002_01.png.",
         "tuned: scores.jsonl ends in half a line, which does not count; run the evaluation on.",
         "tuned: 1 of 8 images have no score of pickscore yet.",
     ):

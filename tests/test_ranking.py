@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from diffalign.eval.ranking import bradley_terry, bradley_terry_interval, ellipse, elo, holm, pareto, wins_matrix
+from diffalign.eval.ranking import bradley_terry, bradley_terry_interval, elo, holm, pareto, wins_matrix
 from diffalign.types import UserError
 
 RNG = np.random.default_rng(7)
@@ -127,13 +127,3 @@ def test_pareto() -> None:
     assert pareto(points) == [True, True, False, True, False, True, False]
     assert pareto(np.array([[1.0], [2.0], [2.0]])) == [False, True, True]
     assert pareto(np.empty((0, 2))) == []
-
-
-def test_the_ellipse_is_that_of_the_bootstrap() -> None:
-    x = RNG.normal(size=25)
-    y = 0.8 * x + RNG.normal(size=25)
-    mean, covariance = ellipse(np.append(x, math.nan), np.append(y, 3.0))
-    assert mean == pytest.approx([x.mean(), y.mean()])
-    drawn = np.random.default_rng(0).multinomial(25, np.full(25, 1 / 25), size=100_000) / 25
-    assert covariance == pytest.approx(np.cov(drawn @ x, drawn @ y), rel=0.03)
-    assert np.isnan(ellipse(x[:1], y[:1])[1]).all() and np.isnan(ellipse(x[:0], y[:0])[0]).all()

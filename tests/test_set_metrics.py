@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from diffalign.eval.features import Embedder
-from diffalign.eval.set_metrics import fid, kid, leave_one_out, pairwise_distance, vendi
+from diffalign.eval.set_metrics import fid, kid, pairwise_distance, vendi
 from diffalign.types import UserError
 
 RNG = np.random.default_rng(3)
@@ -108,13 +108,6 @@ def test_kid_is_zero_on_average_and_grows_with_a_shift() -> None:
     rows = RNG.normal(size=(1500, 4))  # more than are multiplied at once
     shifts = [kid(rows, RNG.normal(shift, 1, size=(1400, 4))) for shift in (0.0, 0.3, 0.6)]
     assert abs(shifts[0]) < 0.1 < shifts[1] < shifts[2]
-
-
-def test_what_each_member_adds() -> None:
-    added = leave_one_out(vendi, np.eye(4)[[0, 1, 2, 2]])
-    assert added[:2] == pytest.approx(added[0]) and added[2] == pytest.approx(added[3])
-    assert added[0] > 0 > added[2]  # a repeated one makes the set less even
-    assert leave_one_out(lambda x: len(x), np.eye(3)).tolist() == [1, 1, 1]
 
 
 def test_bad_features_are_user_errors() -> None:

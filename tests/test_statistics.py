@@ -76,3 +76,11 @@ def test_differences_within_the_band_are_ties() -> None:
     assert (exact.wins, exact.ties, exact.losses) == (2, 0, 2)
     assert (banded.wins, banded.ties, banded.losses, banded.win_rate) == (1, 2, 1, 0.5)
     assert (banded.mean, banded.low, banded.high) == (exact.mean, exact.low, exact.high)
+
+
+@pytest.mark.parametrize("method", ["percentile", "BCa"])
+def test_equal_differences_but_for_rounding_have_an_interval(method: str) -> None:
+    values = [(1 + 0.1 * p) - 0.1 * p for p in range(10)]
+    assert len(set(values)) > 1
+    found = bootstrap_mean(values, method=method)  # type: ignore[arg-type]
+    assert found == pytest.approx((1.0, 1.0))

@@ -12,7 +12,7 @@ from diffalign.commands import _common
 from diffalign.config_help import validated
 from diffalign.eval import contestant
 from diffalign.eval.features import Embedder
-from diffalign.eval.records import Asked
+from diffalign.eval.records import Asked, asked_before
 from diffalign.sections import Sampling
 from diffalign.types import UserError
 
@@ -69,8 +69,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"eval: --{option} must be 0 or more, got {getattr(args, option)}")
     wanted = contestant.parse(args.models)
     names = [w.name for w in wanted]
-    baseline = args.baseline or names[0]
-    if baseline not in names:
+    folder = Path(args.out)
+    known = asked_before(folder)
+    baseline = args.baseline or (known.baseline if known is not None else names[0])
+    if known is None and baseline not in names:
         raise UserError(f"eval: --baseline '{baseline}' is none of the models ({', '.join(names)})")
     chosen = reward_entries.parse_fixed(args.rewards)
     steering = reward_entries.parse_fixed(args.steer_by) if args.steer_by else chosen[:1]
@@ -89,12 +91,13 @@ def run(args: argparse.Namespace) -> None:
     _common.quiet()
     from diffalign.eval import gallery_report, making, session
 
+    first = next((w for w in wanted if w.name == baseline), None)
     if len(given) < 2:
-        first = next(w for w in wanted if w.name == baseline)
-        side = making.side(making.load(first, "cpu", args.dtype))
-        sampling = sampling.model_copy(update={k: given.get(k, side) for k in ("height", "width")})
-    if not args.no_noise_floor:
-        wanted.append(session.floor(next(w for w in wanted if w.name == baseline)))
+        side = making.side(making.load(first, "cpu", args.dtype)) if first is not None and known is None else None
+        own = {k: side if known is None else getattr(known, k) for k in ("height", "width")}
+        sampling = sampling.model_copy(update={**own, **given})
+    if not args.no_noise_floor and first is not None:
+        wanted.append(session.floor(first))
     asked = Asked(
         prompts=args.prompts if args.first is None else f"{args.prompts}, the first {len(entries)}",
         images_per_prompt=args.images,
@@ -108,7 +111,6 @@ def run(args: argparse.Namespace) -> None:
         reference=args.reference or "",
         notes=tuple(notes),
     )
-    folder = Path(args.out)
     job = session.Job(
         folder=folder,
         asked=session.agreed(folder, asked, entries),
