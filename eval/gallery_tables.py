@@ -44,7 +44,8 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         lines.append(cells)
     asked = numbers["asked"]
     told = [
-        f"{numbers['prompts']} prompts ({_cell(asked['prompts'])}), {asked['images_per_prompt']} images each, "
+        f"{counted(numbers['prompts'], 'prompt')} ({_cell(asked['prompts'])}), "
+        f"{counted(asked['images_per_prompt'], 'image')} each, "
         f"{asked['width']} by {asked['height']} pixels; ± is half a 95 % bootstrap interval over prompts.",
         f"In brackets the paired difference from {_cell(base)}: {UP}{DOWN} it holds after Holm's correction over all "
         f"rewards and contestants, {UP_OPEN}{DOWN_OPEN} its own 95 % interval alone excludes zero.",
@@ -77,3 +78,7 @@ def comma_separated(numbers: Mapping[str, Any]) -> str:
                 own["mean"], own["low"], own["high"], *(delta.get(key) for key in keys),
             ])  # fmt: skip
     return text.getvalue()
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
