@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -61,8 +62,9 @@ class Embedder(Method):
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.model, self.revision)
 
+    @abstractmethod
     def setup(self, device: torch.device | str) -> Embed:
-        raise NotImplementedError
+        """Load the encoder."""
 
 
 class DinoEmbedder(Embedder):

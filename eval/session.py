@@ -42,7 +42,7 @@ class Job:
         steering: rewards that steered contestants follow.
         sampling: of contestants that name none of their own; height and width of all.
         probed: prompts whose first image is scored degraded, and with another prompt, as well.
-        batch: images at once; changes no result.
+        batch: images at once; changes results by rounding alone.
         reference: pictures that FID and KID compare with.
     """
 
@@ -74,8 +74,8 @@ def agreed(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> 
             raise UserError(
                 f"the evaluation in '{folder}' has {key} {was!r}, not {now!r}; give the same, or name a new folder"
             )
-    known = [value for _, value in records.whole_lines(folder / records.PROMPTS)]
-    if known and known != list(prompts):
+    listed = [value for _, value in records.whole_lines(folder / records.PROMPTS)]
+    if listed and listed != list(prompts):
         raise UserError(f"the evaluation in '{folder}' has other prompts; give the same, or name a new folder")
     return asked.model_copy(
         update={
@@ -127,7 +127,11 @@ def begun(job: Job) -> list[str]:
 
 
 def begin(job: Job) -> None:
-    """The files that say what was asked; lines that a killed process left go into one file."""
+    """The files that say what was asked; lines that a killed process left go into one file.
+
+    Raises UserError, before anything is written, for a contestant that is not what it was.
+    """
+    abouts = {wanted.name: known(job, described(job, wanted)) for wanted in job.contestants}
     job.folder.mkdir(parents=True, exist_ok=True)
     # first, so that a kill leaves a folder that the same command accepts
     put(job.folder / records.SETTINGS, job.asked.model_dump_json(indent=1) + "\n")
@@ -135,18 +139,22 @@ def begin(job: Job) -> None:
     for wanted in job.contestants:
         own = job.folder / wanted.name
         (own / records.IMAGES).mkdir(parents=True, exist_ok=True)
-        tidy(own)
-        now = described(job, wanted)
-        if (own / records.RUN).is_file():
-            before = records.one(Contestant, own / records.RUN)
-            if other := [key for key in SAME if getattr(before, key) != getattr(now, key)]:
-                was = changed(other[0], getattr(before, other[0]), getattr(now, other[0]))
-                raise UserError(f"'{wanted.name}' had {was}; give it another name, or remove '{own}'")
-            now = now.model_copy(update={"date": before.date, "command": before.command})
         making.copied(wanted, own)
-        put(own / records.RUN, now.model_dump_json(indent=1) + "\n")
+        put(own / records.RUN, abouts[wanted.name].model_dump_json(indent=1) + "\n")
     for name in begun(job):
         tidy(job.folder / name)
+
+
+def known(job: Job, now: Contestant) -> Contestant:
+    """The contestant as it began here before, if it did."""
+    path = job.folder / now.name / records.RUN
+    if not path.is_file():
+        return now
+    before = records.one(Contestant, path)
+    if other := [key for key in SAME if getattr(before, key) != getattr(now, key)]:
+        was = changed(other[0], getattr(before, other[0]), getattr(now, other[0]))
+        raise UserError(f"'{now.name}' had {was}; give it another name, or remove '{path.parent}'")
+    return now.model_copy(update={"date": before.date, "command": before.command})
 
 
 def changed(key: str, was: Any, now: Any) -> str:
