@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +15,14 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from diffalign.pipelines import SIDECAR, looks_like_hub_id
+from diffalign.few_step_export import complete_model
+from diffalign.lora_tensors import START, adapter_names, is_start, keep_fp32, lora_layers, misfit, summed
+from diffalign.pipelines import looks_like_hub_id
+from diffalign.sections import Sampling
+from diffalign.sizes import LORA_FILE
 from diffalign.types import UserError
 from diffalign.writing import scratch_folder
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}  # of A; B starts at 0 and changes nothing
 
 
@@ -30,7 +32,7 @@ class Adaptable(Protocol):
     pipe: Any  # the diffusers pipeline
     network: Any  # its denoising network, never wrapped
     trainable: nn.Module  # what the denoiser calls: the network, or a trainer's wrapped form of it
-    frozen: nn.Module | None  # the initial network of a full fine-tuning
+    frozen: nn.Module | None  # the initial network of a full fine-tuning, or a teacher
     lora_targets: tuple[str, ...]
     source: tuple[str, str | None] | None  # (path, revision) it was loaded from
     max_sequence_length: int | None  # None for a family without T5
@@ -44,7 +46,8 @@ def add_lora(
     targets: Sequence[str] | None = None,
     name: str = "default",
 ) -> None:
-    """W + (alpha / rank) B A on the target layers, as the active and trained adapter (arXiv 2106.09685).
+    """W + (alpha / rank) B A on the target layers, as the active and trained adapter (arXiv 2106.09685); on top of the
+    frozen one, if :func:`load_frozen` has put one there.
 
     `targets` are module-name suffixes; by default the family's. A and B are fp32 whatever the base's dtype. Raises
     UserError for a rank below 1, an unknown init, a name in use, or a target that matches no module.
@@ -67,7 +70,8 @@ def add_lora(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         network.add_adapter(config, name)
-    _keep_fp32(network)
+    keep_fp32(network)
+    _use(network, name)
 
 
 def add_full(pipeline: Adaptable, reference: bool = False) -> None:
@@ -75,7 +79,7 @@ def add_full(pipeline: Adaptable, reference: bool = False) -> None:
 
     `reference` keeps a frozen copy of the initial weights, in the dtype they were loaded in, for :func:`reference`.
     """
-    if _adapters(pipeline.network):
+    if adapter_names(pipeline.network):
         raise UserError("the model has a LoRA; train either the LoRA or all weights")
     if reference:
         pipeline.frozen = copy.deepcopy(pipeline.network).requires_grad_(False)
@@ -84,12 +88,12 @@ def add_full(pipeline: Adaptable, reference: bool = False) -> None:
 
 @contextmanager
 def reference(pipeline: Adaptable) -> Iterator[None]:
-    """Inside, the pipeline is the model that training started from: adapters off, or the frozen copy.
+    """Inside, the pipeline is the model that training started from: the frozen copy, or all adapters off.
 
     Raises UserError when all weights are trained and no copy was kept.
     """
-    layers = _layers(pipeline.network)
-    if not layers:
+    layers = lora_layers(pipeline.network)
+    if pipeline.frozen is not None or not layers:
         if pipeline.frozen is None:
             raise UserError("no reference policy: add a LoRA, or keep a copy with add_full(pipeline, reference=True)")
         called, pipeline.trainable = pipeline.trainable, pipeline.frozen
@@ -110,13 +114,14 @@ def reference(pipeline: Adaptable) -> Iterator[None]:
 
 @contextmanager
 def active(pipeline: Adaptable, name: str) -> Iterator[None]:
-    """Inside, adapter `name` (an old policy, a fake score) is the one in use. What is trained does not change."""
-    if name not in _adapters(pipeline.network):
-        known = ", ".join(_adapters(pipeline.network)) or "none"
+    """Inside, adapter `name` (an old policy, a fake score) is the one in use, on top of the frozen one, if there is
+    one. What is trained does not change."""
+    if name not in adapter_names(pipeline.network):
+        known = ", ".join(adapter_names(pipeline.network)) or "none"
         raise UserError(f"there is no adapter '{name}'; adapters: {known}")
     before = pipeline.network.active_adapters()
     with _gradients_as_they_are(pipeline.network):
-        pipeline.network.set_adapter(name)
+        _use(pipeline.network, name)
         try:
             yield
         finally:
@@ -136,18 +141,22 @@ def trainable_state(pipeline: Adaptable) -> dict[str, Tensor]:
 def export_lora(
     pipeline: Adaptable, folder: str | Path, state: Mapping[str, Tensor] | None = None, name: str = "default"
 ) -> Path:
-    """Write adapter `name` as diffusers reads it: `pipe.load_lora_weights(folder)` gives the same images.
+    """Write adapter `name` as diffusers reads it: `pipe.load_lora_weights(folder)` gives the same images. On top of a
+    frozen one the file holds the sum of both.
 
     The file carries rank and alpha. `state` overrides the weights, keyed as :func:`trainable_state`. Returns the file.
     """
     network = pipeline.network
-    if name not in _adapters(network):
+    if name not in adapter_names(network):
         raise UserError(f"there is no LoRA named '{name}' to export; a full fine-tuning is exported with export_full")
     layers = get_peft_model_state_dict(network, adapter_name=name)
     if state is not None:
         known, layers = layers.keys(), get_peft_model_state_dict(network, state_dict=dict(state), adapter_name=name)
         if known != layers.keys():
             raise ValueError(f"the given weights are not those of adapter '{name}'")
+    config = network.peft_config[name]
+    if START in adapter_names(network):
+        layers, config = summed(network, {START: get_peft_model_state_dict(network, adapter_name=START), name: layers})
     component = _component(pipeline)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -155,7 +164,7 @@ def export_lora(
         weights = {k: t.detach().float().cpu().contiguous() for k, t in layers.items()}
         parts = {
             f"{component}_lora_layers": weights,
-            f"{component}_lora_adapter_metadata": network.peft_config[name].to_dict(),
+            f"{component}_lora_adapter_metadata": config.to_dict(),
         }
         pipeline.pipe.save_lora_weights(scratch, **parts)
         os.replace(scratch / LORA_FILE, target / LORA_FILE)
@@ -181,51 +190,55 @@ def load_lora(pipeline: Adaptable, folder: str | Path, name: str = "default") ->
         found = f"it holds '{foreign[0]}'" if foreign else "it is empty"
         raise UserError(f"the LoRA in '{folder}' is not one of a {component} in the diffusers format: {found}")
     layers = {k.removeprefix(f"{component}."): t for k, t in state.items()}
-    if misfit := _misfit(network, layers):
-        raise UserError(f"the LoRA in '{folder}' does not fit: {misfit}; load the model that it was trained on")
+    if wrong := misfit(network, layers):
+        raise UserError(f"the LoRA in '{folder}' does not fit: {wrong}; load the model that it was trained on")
     network.load_lora_adapter(state, prefix=component, adapter_name=name, metadata=metadata)
-    network.set_adapter(name)
-    _keep_fp32(network)
+    keep_fp32(network)
+    _use(network, name)
 
 
-def export_full(pipeline: Adaptable, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
+def load_frozen(pipeline: Adaptable, folder: str | Path) -> None:
+    """Load a LoRA as :func:`load_lora` does, to stay as it is under the one that :func:`add_lora` adds next.
+
+    The model then starts from base + LoRA, and its :func:`reference` is the base alone.
+    """
+    load_lora(pipeline, folder, START)
+
+
+def export_full(
+    pipeline: Adaptable,
+    folder: str | Path,
+    state: Mapping[str, Tensor] | None = None,
+    sampling: Sampling | None = None,
+) -> Path:
     """Write the whole pipeline as a diffusers folder, replacing `folder`; `state` as in :func:`export_lora`.
 
-    Text encoders that were released are read again from where the model came from.
+    Text encoders that were released are read again. diffusers will walk `sampling`'s timesteps, if it has any.
     """
-    if _adapters(pipeline.network):
+    if adapter_names(pipeline.network):
         raise UserError("the model has a LoRA; export it with export_lora")
     pipe, target = _whole(pipeline), Path(folder)
     with scratch_folder(target.with_name(f".{target.name}.new")) as scratch:
         with _weights(pipeline.network, state):
             pipe.save_pretrained(scratch / "new")
-        if pipeline.max_sequence_length is not None:
-            note = json.dumps({"max_sequence_length": pipeline.max_sequence_length})
-            (scratch / "new" / SIDECAR).write_text(f"{note}\n")
+        complete_model(scratch / "new", pipe, pipeline.max_sequence_length, sampling)
         if target.exists():
             os.replace(target, scratch / "old")
         os.replace(scratch / "new", target)
     return target
 
 
-def _adapters(network: Any) -> list[str]:
-    return list(network.peft_config) if _layers(network) else []
+def _use(network: Any, name: str) -> None:
+    """Adapter `name`, trained, on top of the frozen one."""
+    network.set_adapter([START, name] if START in adapter_names(network) and name != START else [name])
+    for key, p in network.named_parameters():
+        if is_start(key):
+            p.requires_grad_(False)
 
 
 def _unused(network: Any, name: str) -> None:
-    if name in _adapters(network):
+    if name in adapter_names(network):
         raise UserError(f"an adapter named '{name}' exists already; give the new one another name")
-
-
-def _layers(network: nn.Module) -> list[BaseTunerLayer]:
-    return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
-
-
-def _keep_fp32(network: nn.Module) -> None:
-    # peft creates A and B in the base layer's dtype; bf16 would round away Adam's small updates
-    for name, p in network.named_parameters():
-        if ".lora_" in name:
-            p.data = p.data.float()
 
 
 @contextmanager
@@ -271,25 +284,6 @@ def _whole(pipeline: Adaptable) -> Any:
     missing = {name for name, part in pipeline.pipe.components.items() if part is None and name in config}
     if missing <= absent.keys():
         return pipeline.pipe
-    parts = {**absent, _component(pipeline): pipeline.network, "vae": pipeline.pipe.vae}
+    own = {"vae": pipeline.pipe.vae, "scheduler": pipeline.pipe.scheduler}
+    parts = {**absent, **own, _component(pipeline): pipeline.network}
     return DiffusionPipeline.from_pretrained(path, revision=revision, **parts)
-
-
-def _misfit(network: nn.Module, layers: Mapping[str, Tensor]) -> str | None:
-    """What does not fit, or None."""
-    modules = dict(network.named_modules())
-    for key, tensor in layers.items():
-        place, _, half = key.removesuffix(".weight").rpartition(".")
-        side = 1 if half == "lora_A" else 0
-        other = layers.get(f"{place}.lora_{'AB'[side]}.weight")
-        if half not in ("lora_A", "lora_B") or other is None:
-            return f"'{key}' is not half of a LoRA pair"
-        module = modules.get(place)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not isinstance(base, (nn.Linear, nn.Conv2d)):
-            return f"the model has no layer '{place}'"
-        if tensor.shape[side] != base.weight.shape[side]:
-            return f"'{key}' is for size {tensor.shape[side]}, and the module's is {base.weight.shape[side]}"
-        if tensor.shape[1 - side] != other.shape[side]:
-            return f"the two halves of '{place}' have different ranks"
-    return None

@@ -173,4 +173,6 @@ def _value(config: dict[str, Any], key: str) -> Any:
         return config["sampling"]["guidance"]
     for part in key.split("."):
         config = config[part]
+    if key == "adapter":  # what is not given is left out, so that a checkpoint older than an option goes on
+        return {name: value for name, value in config.items() if value is not None}
     return config

@@ -17,8 +17,8 @@ COMMANDS = "diffalign.commands"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 after a mistake of the user, 130 after Ctrl-C."""
-    args = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
         importlib.import_module(f"{COMMANDS}.{args.command.replace('-', '_')}").run(args)
         sys.stdout.flush()
     except UserError as error:

@@ -56,7 +56,7 @@ class Config(Section):
     """How rewards become advantages: {name: ..., settings of that estimator}."""
     curriculum: Annotated[CurriculumChoice, spelled_out("name", "uniform")] = Uniform(name="uniform")
     """Which prompts an epoch takes: {name: ..., settings of that curriculum}."""
-    rewards: Rewards
+    rewards: Rewards = ()
     """What to maximise: names, or {name: ..., weight: ..., settings of that reward}."""
     multireward: Annotated[MultiRewardChoice, spelled_out("name")] | None = None
     """How several rewards share one gradient: {name: marble, ...}; not given, `advantage` makes one reward of them."""
@@ -81,7 +81,7 @@ class Config(Section):
         trained = info.data.get("rewards")
         if not isinstance(value, dict):
             return value
-        if not trained or not value.get("rewards"):  # none valid: their own error says so
+        if trained is None or not value.get("rewards"):  # none valid: their own error says so
             return {**value, "rewards": trained or ()}
         if not isinstance(value["rewards"], list):
             return value
@@ -101,8 +101,10 @@ class Config(Section):
 
     @property
     def evaluation_sampling(self) -> Sampling:
-        """Deterministic sampling with evaluation's steps and guidance."""
+        """Deterministic sampling with evaluation's steps and guidance; a few-step generator samples as in training."""
         guidance = self.sampling.guidance if self.evaluation.guidance is None else self.evaluation.guidance
+        if self.sampling.timesteps is not None:
+            return self.sampling.model_copy(update={"guidance": guidance, "shared_noise": False})
         changes = {
             "kernel": "ode",
             "eta": 0.0,
@@ -126,8 +128,24 @@ def _conflicts(config: Config) -> list[tuple[KeyPath, str]]:
         wrong.append((("model", "dtype"), "fp16 is for sampling: its gradients underflow; train in bf16 or fp32"))
     if config.trainer.ema_every > 1 and not config.trainer.ema:
         wrong.append((("trainer", "ema_every"), "has no effect without trainer.ema"))
-    if not config.rewards:
+    if algorithm.compares and config.trainer.images_per_prompt < 2:
+        said = "must be at least 2, got 1: an image is compared with others of its prompt"
+        wrong.append((("trainer", "images_per_prompt"), said))
+    if not config.rewards and algorithm.rewarded:
         wrong.append((("rewards",), "name at least one reward"))
+    if config.rewards and not algorithm.rewarded:
+        said = f"'{algorithm.name}' trains on none; put them under evaluation.rewards to measure them"
+        wrong.append((("rewards",), said))
+    known = {r.key: r for r in config.rewards}
+    for name in algorithm.ascends():
+        if name not in known:
+            named = ", ".join(known) or "none"
+            wrong.append((("algorithm",), f"'{name}' is not one of the run's rewards ({named}); list it under rewards"))
+        elif not known[name].differentiable:
+            wrong.append((("algorithm",), f"reward '{name}' has no gradient; take a differentiable one"))
+    if config.sampling.timesteps is not None and config.evaluation.steps != Evaluation().steps:
+        said = "has no effect with sampling.timesteps, whose steps evaluation takes too; remove it"
+        wrong.append((("evaluation", "steps"), said))
     wrong += _shared(config)
     if algorithm.estimators and config.advantage.name not in algorithm.estimators:
         said = (
@@ -152,6 +170,8 @@ def _shared(config: Config) -> list[tuple[KeyPath, str]]:
     method = config.multireward
     if method is None:
         return []
+    if not config.algorithm.compares:
+        return [(("multireward",), f"mixes advantages, and '{config.algorithm.name}' trains on none; remove it")]
     try:
         groups = method.grouped([r.key for r in config.rewards])
     except UserError as error:

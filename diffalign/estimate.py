@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffalign import sizes
-from diffalign.pipelines import DECODE_BATCH, DECODED_PIXELS, ENCODE_BATCH, SD3_LORA_TARGETS
-from diffalign.sections import Lora
+from diffalign.decoder_memory import decode_work, decoded, decoder_graph
+from diffalign.pipelines import ENCODE_BATCH, SD3_LORA_TARGETS
+from diffalign.sections import Lora, ModelRef
 from diffalign.sizes import ModelSizes, elements
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ LINEAR_INPUTS = {2: 18, 4: 24}  # of q, k, v (in 16 bits a cast for each), of th
 MODULATION = {2: 12, 4: 16}  # both norms' outputs, which the trained scales multiply, and what the gates multiply
 QK_WEIGHT = {2: 8, 4: 8}  # the normalised q and k, which the trained weights multiply
 WORKING = {2: 30, 4: 60}  # largest set of temporaries of a block, for each image token and unit of width
-DECODING = 3 * 4  # three fp32 tensors of the decoder's second block, for each of its channels and each pixel
 T5_FEED_FORWARD = 6 * 10240  # of T5-XXL, for each token: six tensors of its gated feed-forward
 
 
@@ -74,12 +74,17 @@ def held(config: Config, model: ModelSizes) -> dict[str, int]:
     found["VAE, fp32"] = 4 * model.parts["vae"]
     if lora:
         found["LoRA, fp32"] = 4 * trained
+    if below := elements(start_tensors(config, model)):
+        found["LoRA to start from, fp32"] = 4 * below
     found["AdamW's moments"] = 8 * trained
     if config.trainer.ema:
         found["moving average"] = 4 * trained
     found |= {f"{name}, fp32": 4 * trained for name in config.algorithm.copies}
     if not lora and config.algorithm.needs_reference:
         found[f"reference copy, {dtype}"] = network * BYTES[dtype]
+    if teacher := settings(config).get("teacher"):
+        other = sizes.find(ModelRef(path=teacher))
+        found[f"teacher, {dtype}"] = BYTES[dtype] * (network if other is None else elements(other.tensors))
     return found
 
 
@@ -102,23 +107,48 @@ def phases(config: Config, model: ModelSizes, images: int) -> dict[str, int]:
     trained = 4 * elements(trained_tensors(config, model))
     batch = min(t.micro_batch, images)
     sampled, cast = passes(config.sampling.guidance), casts(config, model)
-    learned = batch * (sampled if settings(config).get("cfg", True) else 1)
     moved = encoders(config, model) if config.model.encoders == "offload" else 0
-    gradients = trained * (1 + separate_gradients(config))
     found = {
         ENCODING: moved + encode_work(config, model),  # before anything is stored
         f"rollout of {batch} images": work(config, model, batch * sampled) + cast,
-        f"decoding {decoded(config)} images": decode_work(config, model),
-        f"training on {batch} images, gradients {gradients / GIB:.1f}": gradients
-        + saved(config, model, learned)
-        + work(config, model, learned),
-        "optimizer step": trained + trained,  # gradients, and a temporary of AdamW
     }
+    if config.algorithm.rewarded or config.evaluation.every:
+        found[f"decoding {decoded(config)} images"] = decode_work(config, model)
+    for kind, graphs in config.algorithm.graphs(config.sampling.steps).items():
+        main = kind == "training"
+        gradients = trained * (1 + separate_gradients(config) * main)
+        found[f"{kind} on {batch} images, gradients {gradients / GIB:.1f}"] = gradients + training_peak(
+            config, model, batch, graphs, besides(config, model, batch) if main else 0
+        )
+    found["optimizer step"] = trained + trained  # gradients, and a temporary of AdamW
     if config.evaluation.every:
         samples = t.micro_batch * passes(config.evaluation_sampling.guidance)
         set_aside = trained if t.ema else 0  # while the average is in their place
         found["evaluation"] = work(config, model, samples) + cast + set_aside
     return found
+
+
+def learned(config: Config) -> int:
+    """Samples that one image takes in a forward with a gradient."""
+    options = settings(config)
+    if "fake" in options or not options.get("cfg", True):
+        return 1
+    return passes(options.get("guidance") or config.sampling.guidance)
+
+
+def training_peak(config: Config, model: ModelSizes, batch: int, graphs: int, beside: int) -> int:
+    """Activations of so many forward passes, and the larger of a backward pass and of what runs before it."""
+    samples = batch * learned(config)
+    kept, again = activations(config, model, samples)
+    return graphs * kept + max(again + work(config, model, samples), beside)
+
+
+def besides(config: Config, model: ModelSizes, batch: int) -> int:
+    """What runs while activations are kept: a teacher under guidance; the decoder, which keeps its own when the images'
+    gradient is taken."""
+    options = settings(config)
+    teacher = work(config, model, 2 * batch) if "fake" in options and options["guidance"] != 1 else 0
+    return max(teacher, decoder_graph(config, model) if config.algorithm.ascends() else 0)
 
 
 def separate_gradients(config: Config) -> int:
@@ -151,6 +181,13 @@ def latent(config: Config, model: ModelSizes) -> int:
 def settings(config: Config) -> dict[str, Any]:
     """The method's own keys: `cfg` and `ratio_norm`, where a method has them, change what is kept."""
     return config.algorithm.model_dump()
+
+
+def start_tensors(config: Config, model: ModelSizes) -> sizes.Shapes:
+    """Shapes of the frozen LoRA that `adapter.start` names: of its file, or as large as the new one."""
+    if not isinstance(config.adapter, Lora) or config.adapter.start is None:
+        return {}
+    return sizes.lora_tensors(config.adapter.start) or trained_tensors(config, model)
 
 
 def trained_tensors(config: Config, model: ModelSizes) -> sizes.Shapes:
@@ -187,6 +224,11 @@ def image_tokens(config: Config, model: ModelSizes) -> int:
 
 def saved(config: Config, model: ModelSizes, samples: int) -> int:
     """Bytes kept for the backward pass of `samples` forwards (two an image under guidance)."""
+    return sum(activations(config, model, samples))
+
+
+def activations(config: Config, model: ModelSizes, samples: int) -> tuple[int, int]:
+    """(those that are kept until the backward pass, those of a block that it computes again)."""
     layers, width = model.number("num_layers"), model.width
     image, text = image_tokens(config, model), prompt_tokens(model)
     tokens, size = image + text, BYTES[config.model.dtype]
@@ -204,14 +246,17 @@ def saved(config: Config, model: ModelSizes, samples: int) -> int:
     whole = samples * (blocks + own)
     cast = casts(config, model)
     if not config.trainer.gradient_checkpointing:
-        return whole + cast
+        return whole + cast, 0
     # Each block keeps its two inputs; in the backward pass one at a time is computed again and keeps everything.
-    return samples * (size * tokens * width * layers) + max((whole + cast) // layers, cast)
+    return samples * (size * tokens * width * layers), max((whole + cast) // layers, cast)
 
 
 def casts(config: Config, model: ModelSizes) -> int:
-    """Autocast holds 16-bit copies of the trained weights, which are fp32, during a forward pass."""
-    return 0 if config.model.dtype == "fp32" else 2 * elements(trained_tensors(config, model))
+    """Autocast holds 16-bit copies of the trained weights, which are fp32, during a forward pass, and of a LoRA's below
+    them."""
+    if config.model.dtype == "fp32":
+        return 0
+    return 2 * (elements(trained_tensors(config, model)) + elements(start_tensors(config, model)))
 
 
 def lora_inputs(config: Config, model: ModelSizes, size: int) -> Iterator[tuple[str, int]]:
@@ -243,14 +288,3 @@ def encode_work(config: Config, model: ModelSizes) -> int:
     if "text_encoder_3" not in model.parts:
         return prompts * prompt_tokens(model) * model.number("joint_attention_dim") * size
     return prompts * model.t5_tokens * T5_FEED_FORWARD * size
-
-
-def decoded(config: Config) -> int:
-    """Images that the VAE decodes at once."""
-    pixels = config.sampling.height * config.sampling.width
-    return min(config.trainer.micro_batch, DECODE_BATCH, max(1, DECODED_PIXELS // pixels))
-
-
-def decode_work(config: Config, model: ModelSizes) -> int:
-    pixels = config.sampling.height * config.sampling.width
-    return decoded(config) * pixels * int(model.vae["block_out_channels"][1]) * DECODING

@@ -1,4 +1,4 @@
-"""Held-out evaluation during training: the same prompts and the same seeds each time, deterministic sampling."""
+"""Held-out evaluation during training: the same prompts and the same seeds each time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluate(
         metadata = [dict(prompts[pairs[i][0]]) for i in rows]
         seeds = torch.tensor([sample_seed(seed, SEED_EPOCH, *pairs[i]) for i in rows])
         group = torch.tensor([pairs[i][0] for i in rows])
-        batch = collect(pipeline, metadata, group, seeds, sampling, (), micro_batch)
+        batch = collect(pipeline, metadata, group, seeds, sampling, (), micro_batch, stochastic=range(sampling.steps))
         assert batch.images is not None
         with torch.no_grad():
             found = {n: scorer(batch.images, batch.prompts, metadata) for n, scorer in scorers.items()}

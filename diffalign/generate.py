@@ -29,7 +29,7 @@ def generate(
     seed: int = 0,
     micro_batch: int = 8,
 ) -> Path:
-    """Sample `images` of each prompt by the deterministic steps of `sampling`; image j of prompt p is PPPP_JJ.png.
+    """Sample `images` of each prompt by the steps of `sampling`; image j of prompt p is PPPP_JJ.png.
 
     Seeds are those of :func:`diffalign.rollout.sample_seed` with epoch 0, so an image depends on nothing but the model,
     its prompt's index and j. `metadata.jsonl` has a line for each file with its prompt, seed and the prompt's own
@@ -46,7 +46,8 @@ def generate(
             part = jobs[start : start + micro_batch]
             seeds = torch.tensor([sample_seed(seed, 0, p, j) for p, j in part])
             group = torch.tensor([p for p, _ in part])
-            made = collect(pipeline, [prompts[p] for p, _ in part], group, seeds, sampling, micro_batch=micro_batch)
+            entries, noisy = [prompts[p] for p, _ in part], range(sampling.steps)
+            made = collect(pipeline, entries, group, seeds, sampling, (), micro_batch, stochastic=noisy)
             assert made.images is not None
             for (p, j), image, one in zip(part, made.images, seeds.tolist(), strict=True):
                 name = f"{p:04d}_{j:02d}.png"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,17 @@ def sample_seed(seed: int, epoch: int, prompt: int, image: int) -> int:
     return int(words[0]) << 31 ^ int(words[1])
 
 
+def shared_noise_seed(prompt: str, step: int, seed: int, epoch: int) -> int:
+    """Seed of the noise that all images of a prompt share at one step of one epoch, as in RTDMD's program."""
+    return prompt_seed(prompt, step, 100_000 * epoch + seed)
+
+
+def prompt_seed(prompt: str, step: int, epoch_seed: int) -> int:
+    """(first 4 bytes of sha256(prompt) + 10007 step + epoch_seed) mod 2^31 (SubGRPO, arXiv 2605.26108)."""
+    head = hashlib.sha256(prompt.encode()).digest()[:4]
+    return (int.from_bytes(head, "big") + step * 10007 + epoch_seed) % 2**31
+
+
 def generators(seeds: Sequence[int] | Tensor) -> list[torch.Generator]:
     """One CPU generator a sample, so that its noise depends neither on the batch nor on the device."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -42,6 +55,9 @@ def collect(
     stochastic: Sequence[int] | None = None,
     clock: Clock | None = None,
     decoded: Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], None] | None = None,
+    until: int | None = None,
+    tied: Mapping[int, Tensor] | None = None,
+    decode: bool = True,
 ) -> Rollout:
     """Sample one image for each entry of `prompts` and keep the transitions of the `kept` steps.
 
@@ -55,33 +71,39 @@ def collect(
         stochastic: step indices that use `sampling.kernel`, by default the kept ones; the others are deterministic.
         clock: gets the seconds of encode, rollout and decode.
         decoded: called with the images of each micro-batch, their prompts and their entries as soon as they are there.
+        until: stop after so many steps; `x0` is then the noisy state that was reached.
+        tied: step index -> [B] seeds of that step's noise, when it is not to come from `seeds`.
+        decode: make the images.
     """
     clock = clock if clock is not None else Clock(pipeline.device)
     texts = [m["prompt"] for m in prompts]
     with clock("encode"):
         cond = pipeline.encode(texts)
         negative = pipeline.encode([sampling.negative_prompt]) if sampling.guidance != 1 else None
-    sigmas = pipeline.sigmas(sampling.steps, sampling.height, sampling.width)
+    sigmas = pipeline.sigmas(sampling.grid, sampling.height, sampling.width)
     shape = pipeline.latent_shape(sampling.height, sampling.width)
     noisy = frozenset(kept if stochastic is None else stochastic)
+    images: list[Tensor] = []
     parts, stored = [], None
     for rows in torch.arange(len(texts)).split(micro_batch):
         noise = generators(seeds[rows])
         x = randn((len(rows), *shape), noise if start is None else generators(start[rows]), pipeline.device)
+        own = None if tied is None else {i: generators(own_seeds[rows]) for i, own_seeds in tied.items()}
         with clock("rollout"):
             x0, states, log_probs = _sample(
-                pipeline, cond[rows], negative, x, sigmas, sampling, noisy, list(kept), noise
+                pipeline, cond[rows], negative, x, sigmas, sampling, noisy, list(kept), noise, until, own
             )
-        with clock("decode"):
-            # Images are large and the network never needs them again: they do not stay on the accelerator.
-            images = pipeline.decode(x0).cpu()
-        if decoded is not None:
-            decoded(images, [texts[i] for i in rows.tolist()], [prompts[i] for i in rows.tolist()])
-        parts.append((x0, images, log_probs))
+        if decode:
+            with clock("decode"):
+                # Images are large and the network never needs them again: they do not stay on the accelerator.
+                images.append(pipeline.decode(x0).cpu())
+            if decoded is not None:
+                decoded(images[-1], [texts[i] for i in rows.tolist()], [prompts[i] for i in rows.tolist()])
+        parts.append((x0, log_probs))
         if stored is None:
             stored = states.new_empty(len(texts), *states.shape[1:])
         stored[rows.to(stored.device)] = states  # the largest part: joined at the end, it would be held twice
-    x0, images, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    x0, log_probs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Rollout(
         prompts=texts,
         metadata=list(prompts),
@@ -91,7 +113,7 @@ def collect(
         sigmas=sigmas,
         kept=torch.tensor(list(kept), dtype=torch.long),
         x0=x0,
-        images=images,
+        images=torch.cat(images) if images else None,
         states=stored if len(kept) else None,
         log_probs=log_probs if len(kept) else None,
     )
@@ -107,6 +129,8 @@ def _sample(
     stochastic: frozenset[int],
     kept: list[int],
     noise: list[torch.Generator],
+    until: int | None,
+    tied: Mapping[int, Sequence[torch.Generator]] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One micro-batch: final latents, states [b, K, 2, ...] and log-probs [b, K]."""
     denoiser = pipeline.denoiser(cond, sampling.guidance, negative)
@@ -114,8 +138,8 @@ def _sample(
     if sampling.kernel in SOLVERS:
         walk = SOLVERS[sampling.kernel](denoiser, x, sigmas)
     else:
-        walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, stochastic, noise)
-    for i, taken in enumerate(walk):
+        walk = denoise(denoiser, x, sigmas, sampling.kernel, sampling.eta, stochastic, noise, tied)
+    for i, taken in enumerate(islice(walk, until)):
         if i in kept:
             states.append(torch.stack([x, taken.next], 1))
             log_probs.append(taken.log_prob)

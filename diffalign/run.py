@@ -22,9 +22,11 @@ from diffalign.algorithms import Memory
 from diffalign.balancing import Balancer
 from diffalign.config import Config
 from diffalign.ema import EMA
+from diffalign.few_step_export import complete_lora
 from diffalign.guard import Watch
 from diffalign.loading import save as save_config
-from diffalign.states import State, of_average, of_optimizer, of_tensors, of_weights
+from diffalign.lora_tensors import digest
+from diffalign.states import State, of_average, of_fixed, of_optimizer, of_tensors, of_weights
 from diffalign.tracking import Tracker, require
 from diffalign.types import Elsewhere, UserError
 from diffalign.writing import writing
@@ -104,6 +106,8 @@ def prepare(config: Config, resume: str | None) -> Run:
     pipeline: Any = pipelines.load(m.path, m.revision, m.dtype, device, m.max_sequence_length, m.encoders)
     if config.adapter.name == "lora":
         a = config.adapter
+        if a.start is not None:
+            adapters.load_frozen(pipeline, a.start)
         torch.manual_seed(config.seed)
         adapters.add_lora(pipeline, a.rank, a.alpha, a.init, a.targets)
     else:
@@ -136,6 +140,9 @@ def prepare(config: Config, resume: str | None) -> Run:
     }
     if ema is not None:
         kept["ema"] = of_average(ema, parameters)
+    if config.adapter.name == "lora" and config.adapter.start is not None:
+        said = f"adapter.start '{config.adapter.start}' does not hold the LoRA that the run began with"
+        kept["frozen_weights"] = of_fixed(digest(pipeline.network), said)
     if start:
         checkpoint.load(start, kept)
     accelerator.wait_for_everyone()  # what is discarded next may still be read
@@ -211,8 +218,8 @@ def export(run: Run) -> None:
     """What others load: a diffusers LoRA or a diffusers folder, of the averaged weights when there are any."""
     shadow = dict(zip(run.parameters, run.ema.shadow, strict=True)) if run.ema is not None else None
     if run.config.adapter.name == "lora":
-        adapters.export_lora(run.pipeline, run.folder / "lora", state=shadow)
-        if shadow is not None:
-            adapters.export_lora(run.pipeline, run.folder / "lora_live")
+        for name, state in [("lora", shadow)] if shadow is None else [("lora", shadow), ("lora_live", None)]:
+            adapters.export_lora(run.pipeline, run.folder / name, state=state)
+            complete_lora(run.folder / name, run.pipeline, run.config.sampling)
     else:
-        adapters.export_full(run.pipeline, run.folder / "model", state=shadow)
+        adapters.export_full(run.pipeline, run.folder / "model", shadow, run.config.sampling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -155,11 +155,13 @@ def denoise(
     eta: float = 0.0,
     stochastic: Collection[int] | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    tied: Mapping[int, Sequence[torch.Generator]] | None = None,
 ) -> Generator[Step, Tensor | None, None]:
     """Walk x [B, ...] down sigmas [T+1] and yield each of the T Steps; `.send(state)` replaces the state to go on from.
 
-    `stochastic` names the step indices that use `kernel` (None: all); the others take the ODE step. Gradients follow
-    the caller's grad mode. Raises UserError for an unfit kernel, a grid that rises, or an index outside it.
+    `stochastic` names the step indices that use `kernel` (None: all); the others take the ODE step. The steps in `tied`
+    draw from generators of their own. Gradients follow the caller's grad mode. Raises UserError for an unfit kernel, a
+    grid that rises, or an index outside it.
     """
     steps = count_steps(sigmas)
     if stochastic is not None and not all(0 <= i < steps for i in stochastic):
@@ -168,7 +170,8 @@ def denoise(
     for i in range(steps):
         x0, eps = denoiser.predict(x, sigmas[i])
         kind = kernel if stochastic is None or i in stochastic else "ode"
-        taken = step(denoiser.schedule, x0, eps, x, sigmas[i], sigmas[i + 1], kind, eta, generators=generators)
+        noise = generators if tied is None else tied.get(i, generators)
+        taken = step(denoiser.schedule, x0, eps, x, sigmas[i], sigmas[i + 1], kind, eta, generators=noise)
         redirected = yield taken
         x = taken.next if redirected is None else redirected
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +12,7 @@ from diffalign.prompts import Texts
 
 Kernel = Literal["ode", "flow_sde", "cps", "dance", "ddim", "dpm2"]
 DETERMINISTIC = ("ode", "dpm2")
+Timestep = Annotated[float, Field(gt=0, le=1000)]
 UNIT_ETA = ("cps", "ddim")  # eta is a fraction of the noise that may be replaced
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 
@@ -47,7 +49,10 @@ class Sampling(Section):
     """How training samples its images."""
 
     steps: PositiveInt = 10
-    """Number of denoising steps."""
+    """Number of denoising steps; with `timesteps` their number, and not to be given."""
+    timesteps: Annotated[tuple[Timestep, ...], YAML_LIST] | None = None
+    """The steps of a few-step generator, before the model family's shift: falling, from 1000, such as [1000, 750, 500,
+    250]; evaluation then samples as training does. Not given, the scheduler's own grid of `steps`."""
     kernel: Kernel = "cps"
     """Transition of one step: ode, flow_sde (arXiv 2505.05470), cps (2509.05952), dance (2505.07818), ddim
     (2010.02502), or the deterministic solver dpm2 (2509.16117)."""
@@ -67,6 +72,30 @@ class Sampling(Section):
     @property
     def deterministic(self) -> bool:
         return self.kernel in DETERMINISTIC
+
+    @property
+    def grid(self) -> int | tuple[float, ...]:
+        """What `Pipeline.sigmas` makes the noise levels from."""
+        return self.steps if self.timesteps is None else self.timesteps
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("timesteps"), (list, tuple)):
+            return value
+        count = len(value["timesteps"])
+        if value.get("steps", count) != count:
+            raise ValueError(f"steps {value['steps']} contradicts the {count} timesteps; leave steps out")
+        return {**value, "steps": count}
+
+    @field_validator("timesteps")
+    @classmethod
+    def _fall(cls, timesteps: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if timesteps is None:
+            return None
+        if not timesteps or timesteps[0] != 1000 or any(a <= b for a, b in pairwise(timesteps)):
+            raise ValueError("must fall from 1000, pure noise, such as [1000, 750, 500, 250]")
+        return timesteps
 
     @model_validator(mode="after")
     def _eta_suits(self) -> Sampling:
@@ -100,6 +129,9 @@ class Lora(Section):
     """Distribution of the first factor; the second starts at zero."""
     targets: Annotated[tuple[str, ...], YAML_LIST] | None = None
     """Module-name suffixes to adapt; not given, those of the model family's papers."""
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """A trained LoRA to start from, in diffusers' format: a folder such as runs/NAME/lora, or a hub id. It stays as it
+    is under the new one; references and teachers are the model without both, and the export holds their sum."""
 
     @field_validator("targets")
     @classmethod
@@ -123,7 +155,7 @@ class TrainerConfig(Section):
     """Rollouts to collect, each followed by its updates."""
     prompts: PositiveInt
     """Prompts in an epoch."""
-    images_per_prompt: int
+    images_per_prompt: PositiveInt
     """Images of each prompt in an epoch: the group that GRPO compares."""
     micro_batch: PositiveInt = 8
     """Images in one forward pass on one device: for memory and speed. It changes results by rounding alone, which is
@@ -146,13 +178,6 @@ class TrainerConfig(Section):
     """Decay of the moving average of the trained weights; 0 keeps none."""
     ema_every: PositiveInt = 1
     """Optimizer steps between updates of that average (Flow-GRPO: 8)."""
-
-    @field_validator("images_per_prompt")
-    @classmethod
-    def _group(cls, n: int) -> int:
-        if n < 2:
-            raise ValueError(f"must be at least 2, got {n}: an image is compared with others of its prompt")
-        return n
 
 
 class Guard(Section):

@@ -54,8 +54,9 @@ KNOWN_PARTS = {  # CLIP-L, CLIP-G, the encoder of T5-XXL, and the autoencoder wi
     "text_encoder_3": 4_762_310_656,
     "vae": 83_819_683,
 }
-KNOWN_VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16}
+KNOWN_VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "layers_per_block": 2}
 CLIP_CONTEXT = 77
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,15 @@ def _read(folder: Path, tokens: int | None) -> ModelSizes:
         clip_tokens=int(_json(folder / "text_encoder" / "config.json")["max_position_embeddings"]),
         t5_tokens=tokens,
     )
+
+
+def lora_tensors(start: str) -> Shapes:
+    """Shapes of a LoRA in a folder or file; none where there is no such file yet."""
+    path = Path(start).expanduser()
+    try:
+        return _header(path / LORA_FILE if path.is_dir() else path)
+    except (OSError, ValueError):
+        return {}
 
 
 def _json(file: Path) -> dict[str, Any]:

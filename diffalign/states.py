@@ -70,3 +70,13 @@ def of_tensors(state: dict[str, Tensor]) -> State:
         state.update(saved)
 
     return State(lambda: {name: t.clone() for name, t in state.items()}, restore)  # a file cannot share memory
+
+
+def of_fixed(tensor: Tensor, otherwise: str) -> State:
+    """What must be the same when a run goes on; `otherwise` says what is wrong if it is not."""
+
+    def restore(saved: dict[str, Tensor]) -> None:
+        if not torch.equal(saved["fixed"], tensor):
+            raise ValueError(otherwise)
+
+    return State(lambda: {"fixed": tensor}, restore)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.clock import Clock
+from diffalign.few_steps import FewSteps
 from diffalign.images import to_pixels
 from diffalign.rewards import build
 from diffalign.steering import Lineage, Oracle, Outcome, Steering, parse_kernel, resolve
@@ -31,6 +32,8 @@ from diffalign.steering._native import Native
 from diffalign.steering._problem import Problem, Spent
 from diffalign.steering._tuning import PILOTED, default_kernel, noisy_steps, selected, tuned, warnings
 from diffalign.types import UserError
+
+STEPS = 28
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Steer:
             [n, 3, H, W] in [0, 1], prompts, metadata) -> n scores, or a list of them, whose weighted sum counts.
         method: a name ('fk'), a section ({name: fk, particles: 8}) or a Steering.
         kernel: 'flow_sde:0.7', KERNEL:ETA; by default ode for methods that need no noise, else flow_sde of eta 0.7 (1
-            from 28 steps on) for flow models and ddim of eta 1 for the others.
+            from 28 steps on) for flow models and ddim of eta 1 for the others; a distilled model has its own.
         window: first and last step with noise; by default all but the last step.
         micro_batch: images in one forward; changes no result.
         preview: (images, prompts, sigma) -> scores of pictures predicted at noise level sigma, where another reward
@@ -114,7 +117,7 @@ class Steer:
     def __call__(
         self,
         prompt: str,
-        num_inference_steps: int = 28,
+        num_inference_steps: int | None = None,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         metadata: Mapping[str, Any] | None = None,
         index: int = 0,
@@ -124,6 +127,8 @@ class Steer:
         """Steered images of one prompt.
 
         Args:
+            num_inference_steps: on the scheduler's own grid; by default 28, and for a distilled model the steps and
+                the noise that it was made for.
             generator: a seed, a generator to draw one from, or one generator a particle; by default torch's own.
             metadata: of the prompt, for rewards that read it.
             index: number of the prompt in a list; image j then starts like image j that `diffalign generate` makes.
@@ -148,8 +153,18 @@ class Steer:
             other.kernel, other.window = None if kernel is None else parse_kernel(kernel), None
         return other
 
+    def few_steps(self, steps: int | None) -> FewSteps | None:
+        """Those of a distilled model, unless a number of other steps is given."""
+        own: FewSteps | None = self.pipeline.few_steps
+        return own if steps is None else None
+
+    def plain(self, steps: int | None) -> str:
+        """The kernel by which the model is sampled where nothing steers it."""
+        few = self.few_steps(steps)
+        return "ode" if few is None else few.kernel
+
     def calibrated(
-        self, prompts: Sequence[Mapping[str, Any]], steps: int, seed: int, arguments: Mapping[str, Any]
+        self, prompts: Sequence[Mapping[str, Any]], steps: int | None, seed: int, arguments: Mapping[str, Any]
     ) -> tuple[Steering, list[str], int]:
         """The method with lam set for a list of prompts; see :func:`diffalign.steering._tuning.tuned`."""
         if dict(self.method).get("lam") != "auto":
@@ -163,7 +178,7 @@ class Steer:
     def problem(
         self,
         prompt: str,
-        steps: int,
+        steps: int | None,
         generator: int | torch.Generator | Sequence[torch.Generator] | None,
         metadata: Mapping[str, Any] | None,
         index: int,
@@ -171,11 +186,12 @@ class Steer:
     ) -> Problem:
         """What the method will work on; encodes the prompt."""
         check_prompt(prompt)
-        if steps < 1:
+        if steps is not None and steps < 1:
             raise UserError(f"sampling needs at least one step, got {steps}")
-        spent = Spent(Clock(self.pipeline.device))
-        oracle = bound(self.pipeline, prompt, steps, arguments)
-        kernel, eta = self.kernel or default_kernel(self.method, oracle)
+        spent, few = Spent(Clock(self.pipeline.device)), self.few_steps(steps)
+        oracle = bound(self.pipeline, prompt, few.timesteps if few else steps or STEPS, arguments)
+        by_default = default_kernel(self.method, oracle) if few is None else parse_kernel(few.kernel)
+        kernel, eta = self.kernel or by_default
         entry: dict[str, Any] = {**(metadata or {}), "prompt": prompt}
         seed, own = seeded(generator)
         return Problem(
@@ -183,7 +199,8 @@ class Steer:
             judge=judge(self.scorers, prompt, entry),
             kernel=kernel,
             eta=eta,
-            stochastic=noisy_steps(kernel, steps, self.window),
+            stochastic=noisy_steps(kernel, len(oracle.sigmas) - 1, self.window),
+            few_steps=few is not None,
             seed=seed,
             prompt=index,
             micro_batch=self.micro_batch,
@@ -238,14 +255,16 @@ class Steer:
         )
 
 
-def bound(pipeline: Any, prompt: str, steps: int, arguments: Mapping[str, Any]) -> Oracle:
+def bound(pipeline: Any, prompt: str, grid: int | Sequence[float], arguments: Mapping[str, Any]) -> Oracle:
     """The model bound to a prompt."""
     from diffalign.pipelines.any import AnyPipeline
 
     if isinstance(pipeline, AnyPipeline):
+        if not isinstance(grid, int):
+            raise UserError(f"a {type(pipeline.pipe).__name__} takes no timesteps; give a number of steps")
         given = "prompt_embeds" in arguments  # the text is then the rewards' alone
-        return pipeline.oracle(None if given else prompt, steps, arguments)
-    return Native(pipeline, prompt, steps, arguments)
+        return pipeline.oracle(None if given else prompt, grid, arguments)
+    return Native(pipeline, prompt, grid, arguments)
 
 
 def _steerable(pipeline: Any) -> Any:

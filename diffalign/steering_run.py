@@ -32,6 +32,7 @@ class Job:
     """What to make of every prompt.
 
     Attributes:
+        steps: None for those that a distilled model remembers.
         compare: other ways beside the method: 'base', one plain image, and 'bon', best of N at the method's cost.
         judges: rewards that score what is returned and steer nothing.
         arguments: of the pipeline's call.
@@ -39,7 +40,7 @@ class Job:
 
     folder: Path
     prompts: Sequence[Mapping[str, Any]]
-    steps: int
+    steps: int | None
     seed: int
     compare: Sequence[str]
     judges: Mapping[str, Scorer]
@@ -144,6 +145,8 @@ def one(job: Job, steer: Steer, share: int, index: int, bar: Any) -> dict[str, A
     """Every arm of one prompt: its images on the disk, its numbers as a line of run.jsonl. `share` forwards set lam."""
     metadata = job.prompts[index]
     prompt = str(metadata["prompt"])
+    few, plain = steer.few_steps(job.steps), steer.plain(job.steps)
+    count = job.steps if few is None else len(few.timesteps)
 
     def make(name: str, chosen: Steer) -> Steered:
         told: dict[str, str] = {}
@@ -151,7 +154,7 @@ def one(job: Job, steer: Steer, share: int, index: int, bar: Any) -> dict[str, A
         def tell(_: Steer, step: int, sigma: float, seen: dict[str, Any]) -> None:
             known = {"ESS": "ess", "roots": "roots", "best": "best"}
             told.update({label: f"{seen[key]:.3g}" for label, key in known.items() if seen.get(key) is not None})
-            bar.set_description(f"{name} {step + 1}/{job.steps}", refresh=False)
+            bar.set_description(f"{name} {step + 1}/{count}", refresh=False)
             bar.set_postfix(told, refresh=False)
             bar.update(0)
 
@@ -161,10 +164,10 @@ def one(job: Job, steer: Steer, share: int, index: int, bar: Any) -> dict[str, A
     cost = steered.nfe + share
     found = {steer.method.name: replace(steered, nfe=cost)}
     if "base" in job.compare:
-        found["base"] = make("base", steer.using(resolve({"name": "best_of_n", "particles": 1}), "ode"))
+        found["base"] = make("base", steer.using(resolve({"name": "best_of_n", "particles": 1}), plain))
     if "bon" in job.compare:
         found["bon"] = make(
-            "bon", steer.using(resolve({"name": "best_of_n", "budget_nfe": cost, "select": "best"}), "ode")
+            "bon", steer.using(resolve({"name": "best_of_n", "budget_nfe": cost, "select": "best"}), plain)
         )
     arms = {name: _arm(job, index, name, steered, metadata) for name, steered in found.items()}
     return {"index": index, "prompt": prompt, "arms": arms}

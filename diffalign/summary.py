@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from diffalign import estimate, knobs, sizes
+from diffalign.sections import Lora
 
 if TYPE_CHECKING:
     from diffalign.config import Config
@@ -27,22 +28,35 @@ def plan(config: Config, processes: int = 1) -> str:
     images = t.prompts * t.images_per_prompt
     updates = t.updates_per_rollout * t.passes
     rewards = " + ".join(f"{r.weight:g} {r.key}" for r in config.rewards)
+    judged = f" on {rewards}" if rewards else ", without rewards"
     balanced = f", balanced by {config.multireward.name}" if config.multireward is not None else ""
     lines = {
-        "model": f"{config.model.path}, {config.model.dtype}, {config.adapter.name} adapter",
-        "method": f"{config.algorithm.name} on {rewards}{balanced}",
+        "model": f"{config.model.path}, {config.model.dtype}, {config.adapter.name} adapter{below(config)}",
+        "method": f"{config.algorithm.name}{judged}{balanced}{teacher(config)}",
         "epoch": f"{t.prompts} prompts x {t.images_per_prompt} images = {images} images of {s.width}x{s.height}",
         "sampling": f"{s.steps} steps{noise(config)}, guidance {s.guidance:g}",
         "training": training(config),
         "forwards": f"an epoch {forwards(config)}",
         "run": f"{t.epochs} epochs, {t.epochs * updates} updates, {t.epochs * images} images"
         + (f", on {processes} processes" if processes > 1 else ""),
-        "evaluation": f"every {e.every} epochs: {e.prompts} x {e.images_per_prompt} images, {e.steps} steps"
+        "evaluation": f"every {e.every} epochs: {e.prompts} x {e.images_per_prompt} images, "
+        f"{config.evaluation_sampling.steps} steps"
         if e.every
         else "never",
         "output": config.output,
     }
     return "\n".join(f"{name + ':':12}{text}" for name, text in lines.items())
+
+
+def below(config: Config) -> str:
+    a = config.adapter
+    return f" on top of {a.start}" if isinstance(a, Lora) and a.start is not None else ""
+
+
+def teacher(config: Config) -> str:
+    """The other model that is matched, if there is one."""
+    path = estimate.settings(config).get("teacher")
+    return f", teacher {path}" if path else ""
 
 
 def noise(config: Config) -> str:
@@ -61,7 +75,11 @@ def noise(config: Config) -> str:
         return told
     epochs = range(1, min(config.trainer.epochs, 100))
     moves = any((a.stochastic(s.steps, config.seed, n), a.kept(s.steps, config.seed, n)) != first for n in epochs)
-    which = "all of those" if kept == noisy else f"{len(kept)} of those"
+    own, others = [i for i in kept if i in noisy], len([i for i in kept if i not in noisy])
+    which = "all of those" if own == noisy else f"{len(own)} of those"
+    which += f" and {others} other{'s' * (others > 1)}" if others else ""
+    if a.until(s.steps, config.seed, 0) is not None:
+        told += ", up to one that each epoch draws"
     spans = f" (numbers {ranges(kept)} of 0-{s.steps - 1}{' in the first epoch' if moves else ''})"
     return f"{told}, {which} trained{spans}"
 
@@ -85,13 +103,20 @@ def ranges(numbers: list[int]) -> str:
 
 
 def forwards(config: Config) -> str:
-    """Forward passes of the network, each of one image; guidance doubles them. At most: flat groups are not trained."""
-    t, s = config.trainer, config.sampling
+    """Forward passes of the network, each of one image; guidance doubles them. At most: flat groups are not trained.
+    The mean over epochs, where they differ."""
+    t, s, a = config.trainer, config.sampling, config.algorithm
     images = t.prompts * t.images_per_prompt
-    training = config.algorithm.forwards(s.steps, t.updates_per_rollout, t.passes)
-    parts = {"to sample": images * s.steps, **{what: round(images * n) for what, n in training.items()}}
+    training = a.forwards(s.steps, t.updates_per_rollout, t.passes)
+    ends = [a.until(s.steps, config.seed, n) for n in range(min(t.epochs, 1000))]
+    taken = sum(s.steps if end is None else end for end in ends) / len(ends)
+    parts = {"to sample": round(images * taken), **{what: round(images * n) for what, n in training.items()}}
     doubled = "all" if estimate.settings(config).get("cfg", True) else "those to sample"
-    guided = f", {doubled} doubled by guidance" if s.guidance != 1 else ""
+    if s.guidance != 1:
+        guided = f", {doubled} doubled by guidance"
+    else:
+        taught = "of the teacher" in parts and estimate.settings(config)["guidance"] != 1
+        guided = ", the teacher's doubled by guidance" if taught else ""
     return " + ".join(f"{n} {what}" for what, n in parts.items()) + guided
 
 

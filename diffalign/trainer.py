@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign import evaluation, rewards
+from diffalign.algorithms import Study
 from diffalign.clock import Clock
 from diffalign.config import Config
 from diffalign.curriculums import k_repeat
@@ -27,16 +28,18 @@ from diffalign.judging import advantages
 from diffalign.knobs import reworded
 from diffalign.overlap import Early
 from diffalign.rewards import Lesson
-from diffalign.rollout import collect, sample_seed
+from diffalign.rollout import collect, sample_seed, shared_noise_seed
 from diffalign.run import Run, by_main, export, prepare, save, write_checkpoint
 from diffalign.types import Rollout, Stopped, UserError
-from diffalign.update import update
+from diffalign.update import TrainedPolicy, update
 from diffalign.writing import writing
 
 EXAMPLES = 12  # training images sent to trackers at every evaluation
 GROUP = 2**31  # the image number whose seed is that of the noise a group shares
 SHOWN = {  # metric -> (its name in the progress line, format)
     "grad_norm": ("grad", ".2g"),
+    "fake_loss": ("fake score", ".3g"),
+    "matching": ("matching", ".3g"),
     "kl": ("kl", ".2g"),
     "clip_fraction": ("clipped", ".0%"),
     "zero_advantage_groups": ("flat groups", ".0%"),
@@ -137,8 +140,7 @@ def epoch(run: Run, interrupt: Interrupt) -> bool:
     with by_main(run):
         run.tracker.log(run.epoch, "train", {k: float(f"{v:.6g}") for k, v in values.items()})
     every = config.evaluation.every or config.checkpoint.every
-    if due(every, run.epoch) or run.epoch == config.trainer.epochs:
-        assert rollout.images is not None
+    if rollout.images is not None and (due(every, run.epoch) or run.epoch == config.trainer.epochs):
         show(run, list(rollout.images[:EXAMPLES]))
     shown = [f"{name} {values.get(f'reward/{name}', math.nan):.3f}" for name in run.scorers]
     shown += [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items() if key in values]
@@ -159,19 +161,23 @@ def show(run: Run, images: list[Tensor]) -> None:
 
 def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early: Early) -> dict[str, float]:
     """What the epoch's images are used for: heads that learn, then the generator; returns what to log."""
-    config, images = run.config, rollout.images
-    assert images is not None
-    if not all(gather_object([bool(images.isfinite().all())])):
+    config = run.config
+    made = rollout.x0 if rollout.images is None else rollout.images
+    if not all(gather_object([bool(made.isfinite().all())])):
         raise Stopped(
             f"images of epoch {run.epoch + 1} are not finite: training has diverged; resume from an earlier checkpoint "
             "with a lower trainer.lr"
         )
     values: dict[str, float] = {}
-    generator = True
+    with clock("learn"):
+        study = Study(run.epoch, TrainedPolicy.of(run), rollout, total, config.trainer.micro_batch, run.sum)
+        generator, logged = run.memory.learn(study)
+    values |= logged
     for name, head in run.learners.items():
         with clock("learn"):
+            assert rollout.images is not None
             lesson = Lesson(
-                run.epoch, images, rollout.prompts, rollout.metadata, rollout.seeds, total,
+                run.epoch, rollout.images, rollout.prompts, rollout.metadata, rollout.seeds, total,
                 config.trainer.micro_batch, run.sum,
             )  # fmt: skip
             trains, logged = head.learn(lesson)
@@ -179,11 +185,15 @@ def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early
         values |= {f"{name}/{key}": value for key, value in logged.items()}
     if not generator:
         return values
-    with clock("reward"), torch.no_grad():
-        local = {name: scorer for name, scorer in run.scorers.items() if not scorer.reward.remote}
-        batch = config.trainer.micro_batch
-        outputs = rewards.score(local, images, rollout.prompts, rollout.metadata, batch) | early.outputs()
-    values |= advantages(run, rollout, outputs)
+    if config.algorithm.rewarded:
+        assert rollout.images is not None
+        with clock("reward"), torch.no_grad():
+            local = {name: scorer for name, scorer in run.scorers.items() if not scorer.reward.remote}
+            batch = config.trainer.micro_batch
+            outputs = rewards.score(local, rollout.images, rollout.prompts, rollout.metadata, batch) | early.outputs()
+        values |= advantages(run, rollout, outputs)
+    else:
+        rollout.advantages = rollout.x0.new_zeros(len(rollout))
     with clock("train"):
         values |= update(run, rollout, first, total)
     for key, sentence in config.algorithm.warnings(values).items():
@@ -216,6 +226,10 @@ def sample(run: Run, clock: Clock, early: Early, interrupt: Interrupt) -> tuple[
             raise Cut
         early.submit(images, prompts, metadata)
 
+    tied = {
+        i: torch.tensor([shared_noise_seed(run.train_prompts[p]["prompt"], i, c.seed, run.epoch) for p, _ in mine])
+        for i in algorithm.tied(c.sampling.steps, c.seed, run.epoch)
+    }
     with run.memory.acting():
         rollout = collect(
             run.pipeline,
@@ -229,6 +243,9 @@ def sample(run: Run, clock: Clock, early: Early, interrupt: Interrupt) -> tuple[
             algorithm.stochastic(c.sampling.steps, c.seed, run.epoch),
             clock,
             decoded,
+            algorithm.until(c.sampling.steps, c.seed, run.epoch),
+            tied,
+            algorithm.rewarded,
         )
     return rollout, share[0] if share else 0, len(pairs)
 

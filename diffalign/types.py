@@ -139,7 +139,7 @@ class Pipeline(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
-    def sigmas(self, steps: int, height: int, width: int) -> Tensor: ...  # [T+1], last 0
+    def sigmas(self, steps: int | Sequence[float], height: int, width: int) -> Tensor: ...  # [T+1], last 0
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]: ...  # without the batch axis
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffalign import adapters
 from diffalign.balancing import Meter, Work, back_propagate, reduce
+from diffalign.rewards import Scorer
 from diffalign.rollout import sample_seed
 from diffalign.run import Run
 from diffalign.sections import Sampling
@@ -26,6 +27,13 @@ class TrainedPolicy:
     pipeline: Any  # a Pipeline that adapters can work on
     sampling: Sampling
     negative: Conditioning | None
+    scorers: Mapping[str, Scorer]
+
+    @classmethod
+    def of(cls, run: Run) -> TrainedPolicy:
+        sampling = run.config.sampling
+        negative = run.pipeline.encode([sampling.negative_prompt]) if sampling.guidance != 1 else None
+        return cls(run.pipeline, sampling, negative, run.scorers)
 
     @property
     def kernel(self) -> str:
@@ -40,8 +48,20 @@ class TrainedPolicy:
         denoiser: Denoiser = self.pipeline.denoiser(cond, guidance, negative)
         return denoiser
 
+    def guided(self, cond: Conditioning, guidance: float) -> Denoiser:
+        denoiser: Denoiser = self.pipeline.denoiser(cond, guidance)
+        return denoiser
+
     def reference(self) -> AbstractContextManager[None]:
         return adapters.reference(self.pipeline)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.pipeline.decode(latents)
+        return images
+
+    def score(self, reward: str, images: Tensor, batch: Rollout, prompts: Sequence[str] | None = None) -> Tensor:
+        texts = batch.prompts if prompts is None else prompts
+        return self.scorers[reward](images, texts, batch.metadata).scores
 
 
 @dataclass(frozen=True)
@@ -64,9 +84,8 @@ def update(run: Run, rollout: Rollout, first: int, total: int) -> dict[str, floa
     Every loss is back-propagated over every sample; gradients are summed over processes once a step, so that shares may
     be uneven or empty and no sample is dropped. Returns means over the trained images.
     """
-    c, method = run.config, run.config.algorithm
-    negative = run.pipeline.encode([c.sampling.negative_prompt]) if c.sampling.guidance != 1 else None
-    policy = TrainedPolicy(run.pipeline, c.sampling, negative)
+    method = run.config.algorithm
+    policy = TrainedPolicy.of(run)
     plan = list(parts(run, rollout, first, total))
     old: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
     with torch.no_grad():  # before any step

@@ -107,8 +107,9 @@ def fragile(gallery: Gallery, entry: Entry) -> Sign:
 def prompt_blind(gallery: Gallery, entry: Entry) -> Sign:
     """The margin score(image, own prompt) - score(image, another prompt) lies more than SHRUNK below the baseline's.
 
-    Rewards that read the prompt in the baseline's images count. Evidence has, under "with another prompt", how the
-    scores with another's prompt changed: a gain there was not for what the prompts ask.
+    Rewards that read the prompt in the baseline's images count. Evidence has, under "with another prompt" and "with no
+    prompt", how the scores with another's prompt and with an empty one changed: a gain there was not for what the
+    prompts ask.
     """
     margins = {r: probed(gallery, entry, r, "shuffled") for r in gallery.rewards}
     changes: dict[str, Change] = {}
@@ -132,13 +133,18 @@ def prompt_blind(gallery: Gallery, entry: Entry) -> Sign:
     ours, theirs = number(most.change.own), number(most.change.base)
     margin = f"{most.measure} prefers an image's own by {ours}, in the baseline by {theirs}"
     fine = f"Prompts still count: {margin}{most.hedge}."
-    other = {
-        reward: c.mean
-        for reward in changes
-        if (c := change(*(by_prompt(gallery, values(e.probes[reward, "shuffled"])) for e in (entry, gallery.baseline))))
+    rises = {
+        told: {r: c.mean for r in changes if (c := probe_change(gallery, entry, r, probe))}
+        for told, probe in (("with another prompt", "shuffled"), ("with no prompt", "unprompted"))
     }
     own, base = margins[most.measure]
-    return BLIND.verdict(entry, findings, fine, prompts=worst(gallery, base - own), **{"with another prompt": other})
+    return BLIND.verdict(entry, findings, fine, prompts=worst(gallery, base - own), **rises)
+
+
+def probe_change(gallery: Gallery, entry: Entry, reward: str, probe: str) -> Change | None:
+    """How the scores of a probe changed from the baseline's; None where either has too few."""
+    scores = [by_prompt(gallery, values(e.probes.get((reward, probe), {}))) for e in (entry, gallery.baseline)]
+    return change(*scores)
 
 
 def probed(gallery: Gallery, entry: Entry, reward: str, probe: str) -> tuple[np.ndarray, np.ndarray]:

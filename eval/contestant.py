@@ -10,9 +10,12 @@ from typing import Any
 
 import yaml
 
-from diffalign import reward_entries
+from diffalign import few_steps, pipelines, reward_entries
+from diffalign.config_help import validated
 from diffalign.eval.records import digest_of
+from diffalign.few_steps import FewSteps
 from diffalign.pipelines import DTYPES, embedded_names, embedded_path
+from diffalign.sections import Sampling
 from diffalign.steering import Steering, parse_options, resolve
 from diffalign.types import UserError
 
@@ -23,7 +26,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 KERNELS = ("ode", "dpm2")
 HELP = (
     "NAME=SOURCE, such as base=tiny-sd3, grpo=runs/grpo (a training run), style=lora_folder@base=tiny-sd3, "
-    "fk=tiny-sd3+fk:particles=8 (steered) or few=runs/few@steps=4,guidance=1; the first is the baseline"
+    "fk=tiny-sd3+fk:particles=8 (steered) or few=tiny-sd3@timesteps=1000/500,eta=0.9; the first is the baseline"
 )
 
 
@@ -36,7 +39,7 @@ class Wanted:
         model: of its base: an embedded name, a folder or a hub id.
         lora, run: folders, where it has them.
         weights: 'moving average' or 'live' of a run; 'as they are' of the others.
-        steps, guidance, kernel: of its own, where it has any.
+        steps, timesteps, eta, guidance, kernel: of its own, where it has any; those of a distilled model are.
         again: it is the baseline with other seeds.
         trained_on: names of the rewards of its run.
     """
@@ -53,6 +56,8 @@ class Wanted:
     trained_on: tuple[str, ...] = ()
     steering: Steering | None = None
     steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+    eta: float | None = None
     guidance: float | None = None
     kernel: str | None = None
     dtype: str | None = None
@@ -85,10 +90,35 @@ def _parse(text: str) -> Wanted:
     options = _options(text, written)
     method = resolve({"select": "best", **parse_options(steering, f"--models {text!r}")}) if steering else None
     about = _source(text, source, options)
-    own = {key: options[key] for key in ("steps", "guidance", "kernel", "dtype") if key in options}
+    known = about.pop("few_steps", None) or pipelines.few_steps(about["model"], about.get("lora"))
+    own: dict[str, Any] = {k: options[k] for k in ("steps", "guidance", "kernel", "dtype") if k in options}
+    own |= _sampled(text, options, known)
+    if method is not None and "kernel" in options:
+        raise UserError(f"--models {text!r}: steering has a kernel of its own; leave kernel out")
     if method is not None:
         about["kind"] = "steered"
     return Wanted(name=name, spec=text, steering=method, **about, **own)
+
+
+def _sampled(text: str, options: dict[str, Any], known: FewSteps | None) -> dict[str, Any]:
+    """Timesteps and noise: those given, or what a distilled model remembers, which is then sampled without guidance."""
+    where = f"--models {text!r}"
+    if "kernel" in options and options.get("eta"):
+        raise UserError(f"{where}: noise is that of the kernel cps; leave kernel or eta out")
+    steps, timesteps = options.get("steps"), options.get("timesteps")
+    eta = 0.0 if "kernel" in options else options.get("eta")
+    found = validated(Sampling, few_steps.settings(steps, timesteps, eta, known, where), where)
+    few = FewSteps.of(found)
+    if few is None:
+        return {"eta": eta, "kernel": found.kernel} if "eta" in options else {}
+    kernel = options.get("kernel", found.kernel)
+    return {
+        "steps": len(few.timesteps),
+        "timesteps": few.timesteps,
+        "eta": few.eta,
+        "kernel": kernel,
+        "guidance": options.get("guidance", 1.0),
+    }
 
 
 def _split(text: str, mark: str, after: str) -> tuple[str, str, str]:
@@ -102,7 +132,8 @@ def _split(text: str, mark: str, after: str) -> tuple[str, str, str]:
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("kernel", "weights", "base", "dtype", "revision"), str),
     "steps": int,
-    "guidance": (int, float),
+    "timesteps": tuple,
+    **dict.fromkeys(("guidance", "eta"), (int, float)),
 }
 
 
@@ -113,14 +144,14 @@ def _options(text: str, written: str) -> dict[str, Any]:
         if key not in TYPES:
             raise UserError(f"--models {text!r}: there is no option '{key}'; options: {', '.join(TYPES)}")
         known: Any = value if key == "revision" else reward_entries.yaml_value(value)
+        if key == "timesteps":
+            known = few_steps.numbers(value, "/", f"--models {text!r}: timesteps")
         odd = not isinstance(known, TYPES[key]) or isinstance(known, bool)
         if odd or (key == "steps" and int(known) < 1):
             raise UserError(f"--models {text!r}: {value!r} does not suit '{key}'")
-        options[key] = known * 1.0 if key == "guidance" else known
+        options[key] = known * 1.0 if key in ("guidance", "eta") else known
     if options.get("kernel", "ode") not in KERNELS:
-        raise UserError(
-            f"--models {text!r}: images are compared without noise of the way; kernels: {', '.join(KERNELS)}"
-        )
+        raise UserError(f"--models {text!r}: eta=0.9 alone gives noise, that of cps; kernels: {', '.join(KERNELS)}")
     if options.get("dtype", "fp32") not in DTYPES:
         raise UserError(f"--models {text!r}: dtypes are {', '.join(DTYPES)}")
     if options.get("guidance", 1) < 1:
@@ -163,6 +194,8 @@ def _run(text: str, path: Path, options: dict[str, Any]) -> dict[str, Any]:
         model, algorithm, rewards = config["model"], config["algorithm"]["name"], config["rewards"]
         averaged = bool(config["trainer"].get("ema"))
         lora = config["adapter"]["name"] == "lora"
+        sampling = config.get("sampling") or {}
+        few = validated(Sampling, sampling, "sampling") if sampling.get("timesteps") else None
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--models {text!r}: '{path / 'config.yaml'}' is not that of a training run") from error
     live = options.get("weights") == "live"
@@ -175,6 +208,7 @@ def _run(text: str, path: Path, options: dict[str, Any]) -> dict[str, Any]:
         "method": str(algorithm),
         "trained_on": heads,
         "weights": "moving average" if averaged and not live else "live",
+        "few_steps": None if few is None else FewSteps.of(few),
     }
     if lora:
         folder = path / ("lora_live" if live and averaged else "lora")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from diffalign.eval.charts import TIMES, tick_labels, ticks
+from diffalign.eval.charts import tick_labels, ticks
+from diffalign.eval.gallery_tables import counted
 
 STYLES = 8  # colours and symbols; a ninth contestant gets the first again, and every mark has its name beside it
 SYMBOLS = (  # paths around the origin, of equal weight to the eye
@@ -45,28 +46,38 @@ def scale(values: Sequence[float], about: int = 4) -> tuple[list[float], list[st
     return places, tick_labels(places)
 
 
-def strengths(rows: Sequence[Mapping[str, Any]], order: Sequence[str], label: str) -> Markup:
-    """Bars of Elo from 1000 on, the strength of the average contestant, with their intervals; best first."""
-    known = [row for row in rows if row["elo"] is not None]
-    if not known:
-        return Markup("")
-    every = [v for row in known for v in (row["elo"], row["elo_low"], row["elo_high"], 1000.0) if v is not None]
-    places, labels = scale(every, 5)
-    left, width, step = 14 + 7.2 * max(len(row["name"]) for row in known), 400, 26
-    height = step * len(known) + 30
+def rows(
+    names: Sequence[str], values: Sequence[float], about: int, middle: float, width: int, label: str
+) -> tuple[list[str], Callable[[float], float], list[float]]:
+    """The frame of a chart with a row a name around a line at `middle`: (its opening, value -> x, y of each row)."""
+    places, labels = scale(values, about)
+    left, step, foot = 14 + 7.2 * max(map(len, names)), 25, 28
+    height = step * len(names) + foot
+    end = height - foot + 5
 
     def px(v: float) -> float:
         return left + (v - places[0]) / (places[-1] - places[0]) * (width - left - 16)
 
     parts = [_open(width, height, label)]
     for v, text in zip(places, labels, strict=True):
-        parts.append(f'<line class="grid" x1="{px(v):.1f}" x2="{px(v):.1f}" y1="0" y2="{height - 24}"/>')
-        parts.append(_text(px(v), height - 8, text, "middle"))
-    parts.append(f'<line class="reference" x1="{px(1000):.1f}" x2="{px(1000):.1f}" y1="0" y2="{height - 24}"/>')
-    for i, row in enumerate(sorted(known, key=lambda row: -row["elo"])):
-        k, y = order.index(row["name"]), step * i + 15
+        parts.append(f'<line class="grid" x1="{px(v):.1f}" x2="{px(v):.1f}" y1="0" y2="{end}"/>')
+        parts.append(_text(px(v), height - 7, text, "middle"))
+    parts.append(f'<line class="reference" x1="{px(middle):.1f}" x2="{px(middle):.1f}" y1="0" y2="{end}"/>')
+    ys = [step * i + 14.0 for i in range(len(names))]
+    parts += [_text(left - 8, y + 4, name, "end") for name, y in zip(names, ys, strict=True)]
+    return parts, px, ys
+
+
+def strengths(found: Sequence[Mapping[str, Any]], order: Sequence[str], label: str) -> Markup:
+    """Bars of Elo from 1000 on, the strength of the average contestant, with their intervals; best first."""
+    known = sorted((row for row in found if row["elo"] is not None), key=lambda row: -row["elo"])
+    if not known:
+        return Markup("")
+    every = [v for row in known for v in (row["elo"], row["elo_low"], row["elo_high"], 1000.0) if v is not None]
+    parts, px, ys = rows([row["name"] for row in known], every, 5, 1000.0, 400, label)
+    for row, y in zip(known, ys, strict=True):
+        k = order.index(row["name"])
         x0, x1 = sorted((px(1000), px(row["elo"])))
-        parts.append(_text(left - 8, y + 4, row["name"], "end"))
         parts.append(f'<rect class="bar c{k % STYLES}" x="{x0:.1f}" y="{y - 6}" width="{x1 - x0:.1f}" height="12"/>')
         if row["elo_low"] is not None:
             a, b = px(row["elo_low"]), px(row["elo_high"])
@@ -161,7 +172,9 @@ def paired_dots(base: Sequence[float | None], own: Sequence[float | None], k: in
     for y, text in zip(places, labels, strict=True):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 10}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(_text(left - 7, py(y) + 4, text, "end"))
-    parts.append(_text(width - 10, height - 6, f"{len(both)} prompts, those most alike at the baseline first", "end"))
+    parts.append(
+        _text(width - 10, height - 6, f"{counted(len(both), 'prompt')}, those most alike at the baseline first", "end")
+    )
     rods = "".join(f"M{a:.1f} {py(b):.1f}V{py(o):.1f}" for a, (b, o) in zip(x, both, strict=True))
     parts.append(f'<path class="rods c{k % STYLES}" d="{rods}"/>')
     for style, values in (("c0", [b for b, _ in both]), (f"c{k % STYLES}", [o for _, o in both])):
@@ -171,35 +184,18 @@ def paired_dots(base: Sequence[float | None], own: Sequence[float | None], k: in
 
 
 def drifts(
-    rows: Sequence[tuple[str, int, Mapping[str, float | None]]], span: tuple[float, float], label: str
+    found: Sequence[tuple[str, int, Mapping[str, float | None]]], span: tuple[float, float], label: str
 ) -> Markup:
     """A row (name, number of the contestant, mean with interval) each, around a line at zero; `span` is shared."""
-    step, width, left = 24, 340, 14 + 7.2 * max((len(name) for name, _, _ in rows), default=0)
-    places, labels = scale(span, 3)
-    height = step * len(rows) + 26
-
-    def px(v: float) -> float:
-        return left + (v - places[0]) / (places[-1] - places[0]) * (width - left - 14)
-
-    parts = [_open(width, height, label)]
-    for v, text in zip(places, labels, strict=True):
-        parts.append(f'<line class="grid" x1="{px(v):.1f}" x2="{px(v):.1f}" y1="0" y2="{height - 22}"/>')
-        parts.append(_text(px(v), height - 7, text, "middle"))
-    parts.append(f'<line class="axis" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="0" y2="{height - 22}"/>')
-    for i, (name, k, found) in enumerate(rows):
-        y = step * i + 13
-        parts.append(_text(left - 8, y + 4, name, "end"))
-        middle, low, high = found["mean"], found["low"], found["high"]
+    parts, px, ys = rows([name for name, _, _ in found], span, 3, 0.0, 340, label)
+    for (_, k, drift), y in zip(found, ys, strict=True):
+        middle, low, high = drift["mean"], drift["low"], drift["high"]
         if middle is None:
             continue
         if low is not None and high is not None:
             parts.append(f'<path class="whisk c{k % STYLES}" d="M{px(low):.1f} {y}H{px(high):.1f}"/>')
         parts.append(symbol(k, px(middle), y))
     return Markup("".join(parts) + "</svg>")
-
-
-def times(value: float) -> str:
-    return f"{value:.3g}{TIMES}"
 
 
 def _open(width: float, height: float, label: str, style: str = "") -> str:

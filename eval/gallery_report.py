@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from diffalign.eval import gallery, gallery_tables, tables, wall
+from diffalign.eval import gallery, gallery_files, gallery_lineage, gallery_tables, lineage, tables, wall
 from diffalign.eval import votes as voting
 from diffalign.eval.gallery_view import percent, view
 from diffalign.eval.pictures import Mode, Pictures
@@ -38,12 +39,15 @@ def write(folder: Path | str, mode: Mode = "folder", votes: Sequence[Path | str]
     found = gallery.read(folder)
     cast = voting.read(votes)
     voting.check(cast, found)
-    numbers = tables.numbers(found, voting.wins(cast, list(found.entries)) if cast else None)
+    files = gallery_files.inspect(found)
     pictures = Pictures(found.folder, mode)
     try:
-        gallery_wall = wall.build(found, pictures, originals=mode == "folder")
+        gallery_wall = wall.build(found, files, pictures, originals=mode == "folder")
+        trees = gallery_lineage.trees(found, files, pictures)
+        # while threads encode the pictures
+        numbers = tables.numbers(found, files, voting.wins(cast, list(found.entries)) if cast else None)
+        page = rendered(found, numbers, gallery_wall, trees, mode)
         pictures.finish()
-        page = rendered(found, numbers, gallery_wall, mode)
         put_all({
             found.folder / NUMBERS: json.dumps(numbers, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
             found.folder / TABLE: gallery_tables.markdown(numbers),
@@ -79,19 +83,34 @@ def put_all(texts: Mapping[Path, str]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def rendered(found: gallery.Gallery, numbers: tables.Numbers, gallery_wall: Markup, mode: Mode) -> str:
+def rendered(
+    found: gallery.Gallery,
+    numbers: tables.Numbers,
+    gallery_wall: Markup,
+    trees: Sequence[Mapping[str, Any]],
+    mode: Mode,
+) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "signed": signed, "percent": percent, "mark": gallery_tables.mark}
+    environment.filters |= {
+        "number": number, "signed": signed, "percent": percent, "mark": gallery_tables.mark,
+        "counted": gallery_tables.counted,
+    }  # fmt: skip
     template = environment.from_string(own("gallery_page.html"))
     look = own("report.html").partition("<style>")[2].partition("</style>")[0]
-    # All three are files of this package, which nothing of the evaluation gets into.
-    style = Markup("\n".join([look, own("gallery_page.css"), wall.style()]))
+    # All are files of this package, which nothing of the evaluation gets into.
+    style = Markup("\n".join([look, lineage.style(), own("gallery_page.css"), wall.style()]))
     script = Markup("\n".join([own("gallery_page.js"), wall.script()]))
     sources = "data:" if mode == "single" else "data: 'self' file:"
     return template.render(
-        view(found, numbers, signs(found)), wall=gallery_wall, style=style, script=script, sources=Markup(sources)
+        view(found, numbers, signs(found)),
+        wall=gallery_wall,
+        lineages=trees,
+        tones=range(lineage.TONES),
+        style=style,
+        script=script,
+        sources=Markup(sources),
     )
 
 

@@ -81,4 +81,4 @@ def comma_separated(numbers: Mapping[str, Any]) -> str:
 
 
 def counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    return f"{n:,} {what}" + "s" * (n != 1)

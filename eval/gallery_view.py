@@ -13,6 +13,7 @@ from diffalign.eval.charts import MINUS
 from diffalign.eval.curves import curves
 from diffalign.eval.definitions import definition
 from diffalign.eval.gallery import Gallery
+from diffalign.eval.gallery_tables import counted
 from diffalign.eval.report import number, signed
 from diffalign.eval.tables import DISTANCE
 
@@ -42,7 +43,7 @@ def view(gallery: Gallery, numbers: Mapping[str, Any], signs: Sequence[Any]) -> 
         "base": numbers["asked"]["baseline"],
         "order": order,
         "keys": {name: drawn.key(k) for k, name in enumerate(order)},
-        "contestants": [_about(row) for row in numbers["contestants"]],
+        "contestants": [_about(row, numbers["cost"][row["name"]]["nfe"]) for row in numbers["contestants"]],
         "strip": strip(signs),
         "signs": [_sign(sign) for sign in signs],
         "levels": LEVELS,
@@ -63,17 +64,13 @@ def subtitle(numbers: Mapping[str, Any]) -> str:
     asked, rows = numbers["asked"], numbers["contestants"]
     days = sorted({row["date"][:10] for row in rows if row["date"]})
     parts = [
-        f"{plural(numbers['prompts'], 'prompt')} of {asked['prompts']}",
-        f"{plural(asked['images_per_prompt'], 'image')} each",
+        f"{counted(numbers['prompts'], 'prompt')} of {asked['prompts']}",
+        f"{counted(asked['images_per_prompt'], 'image')} each",
         f"{asked['width']} by {asked['height']} pixels",
         f"seed {asked['seed']}",
         " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "",
     ]
     return "; ".join(part for part in parts if part)
-
-
-def plural(n: int, word: str) -> str:
-    return f"{n:,} {word}" + "s" * (n != 1)
 
 
 def verdict(numbers: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -100,13 +97,33 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def _about(row: Mapping[str, Any]) -> dict[str, Any]:
+def _about(row: Mapping[str, Any], forwards: float) -> dict[str, Any]:
+    """What its files say of how its images were made, and no more."""
     steering = row["steering"] or {}
-    extra = ", ".join(
-        f"{k} {v}" for k, v in steering.items() if k != "name" and v is not None and not isinstance(v, dict | list)
-    )
-    by = f"{steering.get('name', '')}{f' ({extra})' if extra else ''}"
-    return {**row, "how": ", ".join(part for part in (row["method"], by) if part) or row["kind"]}
+    told = {k: v for k, v in steering.items() if k != "name" and v is not None and not isinstance(v, dict | list)}
+    guidance = row["guidance"]
+    way = [
+        f"sampler chosen by {steering['name']}" if steering else row["kernel"],  # whatever the evaluation's kernel is
+        *([f"eta {row['eta']:g}"] if row["eta"] else []),
+        counted(row["steps"], "step")
+        + (f" ({'/'.join(f'{t:g}' for t in row['timesteps'])})" if row["timesteps"] else ""),
+        "the pipeline's own guidance"
+        if guidance is None
+        else f"guidance {guidance:g}"
+        if guidance != 1
+        else "no guidance",
+        row["dtype"] or "precision not recorded",
+    ]
+    parts = [text.split(", ") for text in row["versions"].split(" and later ")]
+    software = [", ".join(p for p in some if p.startswith(("diffalign ", "torch ", "diffusers "))) for some in parts]
+    return {
+        **row,
+        "how": ", ".join(dict.fromkeys(part for part in (row["method"], steering.get("name")) if part)) or row["kind"],
+        "options": ", ".join(f"{key} {value}" for key, value in told.items()),
+        "way": ", ".join(way),
+        "forwards": f"{forwards:,.4g}" if row["images"] else "\N{EN DASH}",
+        "software": " and later ".join(filter(None, software)) or "versions not recorded",
+    }
 
 
 def strip(signs: Sequence[Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -21,6 +23,17 @@ class Picture:
     text: str
     low: float | None  # lowest and highest reward that is drawn
     high: float | None
+
+
+def style() -> Markup:
+    """What a page with trees adds to its style sheet."""
+    return Markup((files("diffalign.eval") / "lineage.css").read_text("utf-8"))
+
+
+def unit(method: Mapping[str, Any]) -> str:
+    """What runs from left to right, for a method of these settings."""
+    rounds = method.get("name") == "noise_search" and method.get("algorithm") != "paths"
+    return "round" if rounds else "step"
 
 
 def picture(family: Family, leaf: int, unit: str = "step") -> Picture:

@@ -6,8 +6,9 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from diffalign.eval import gallery, records
 from diffalign.eval.contestant import Wanted
 from diffalign.eval.looks import looks
 from diffalign.eval.records import Asked, Key
+from diffalign.few_steps import FewSteps
+from diffalign.few_steps import kernel as kernel_of
 from diffalign.generate import native_size
 from diffalign.images import save_png, to_pixels
 from diffalign.rewards import Reward
@@ -38,21 +41,64 @@ def seed_of(seed: int, prompt: str, k: int) -> int:
 
 
 def load(wanted: Wanted, device: str | None, dtype: str) -> Any:
-    """The contestant's pipeline with its LoRA; for steering any pipeline of diffusers will do."""
+    """The contestant's pipeline with its LoRA; any pipeline of diffusers will do."""
+    pipeline = pipelines.load(wanted.model, wanted.revision, wanted.dtype or dtype, device, steering=True)
+    return fitted(pipeline, wanted)
+
+
+def fitted(pipeline: Any, wanted: Wanted) -> Any:
+    """The pipeline with the contestant's LoRA, if it has one. Raises UserError for one that does not fit."""
     from diffalign.pipelines.any import AnyPipeline
 
-    pipeline = pipelines.load(wanted.model, wanted.revision, wanted.dtype or dtype, device, steering=True)
-    if wanted.lora is not None:
-        if isinstance(pipeline, AnyPipeline):
-            pipeline.load_lora(str(wanted.lora))
-        else:
-            adapters.load_lora(pipeline, wanted.lora)
+    if wanted.lora is not None and isinstance(pipeline, AnyPipeline):
+        pipeline.load_lora(str(wanted.lora))
+    elif wanted.lora is not None:
+        adapters.load_lora(pipeline, wanted.lora)
     return pipeline
 
 
+def outlined(wanted: Wanted, dtype: str) -> Any:
+    """What `load` gives, without weights wherever that can be had: enough to know its size, and that it is whole.
+
+    Raises UserError for a model or a LoRA that is missing, damaged or does not fit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # there is nothing to fill
+            return fitted(pipelines.outline(wanted.model, wanted.revision), wanted)
+    except Exception as error:  # of a class that needs its weights, or its tokenizer, from the start
+        if isinstance(error, UserError) and wanted.lora is None:
+            raise
+        return load(wanted, "cpu", dtype)
+
+
 def side(pipeline: Any) -> int:
-    """In pixels, of the images that the model was trained on."""
-    return native_size(pipeline.pipe)
+    """In pixels, of the images that the model was trained on. Raises UserError for a model that does not tell."""
+    pipe, config = pipeline.pipe, pipeline.network.config
+    if hasattr(pipe, "default_sample_size"):
+        return native_size(pipe)
+    if isinstance(config.get("sample_size"), int):  # as the pipelines of SD 1.5 and of PixArt count
+        return int(config["sample_size"] * pipe.vae_scale_factor)
+    raise UserError(f"a {type(pipe).__name__} does not tell its image size; add --height and --width")
+
+
+def settled(pipeline: Any, wanted: Wanted, guidance: float | None, height: int, width: int) -> Wanted:
+    """The contestant with its guidance: its own, that of the evaluation, or for a pipeline of another family than ours
+    what its call has by default. Raises UserError for images that the model does not make."""
+    from diffalign.pipelines.any import AnyPipeline
+
+    given = guidance if wanted.guidance is None else wanted.guidance
+    if not isinstance(pipeline, AnyPipeline):
+        pipeline.latent_shape(height, width)
+        return replace(wanted, guidance=1.0 if given is None else given)
+    name, default = type(pipeline.pipe).__name__, pipeline.default("guidance_scale")
+    if wanted.timesteps is not None or wanted.eta is not None:
+        raise UserError(f"'{wanted.name}' is a {name}, which takes no timesteps and no eta; leave them out")
+    if wanted.steering is None and wanted.kernel is not None:
+        raise UserError(f"'{wanted.name}' is sampled by its pipeline's own scheduler; leave kernel out")
+    if given is not None and default is None:
+        raise UserError(f"'{wanted.name}' is a {name}, which takes no guidance; leave it out")
+    return replace(wanted, guidance=default if given is None else given)
 
 
 def missing(folder: Path, asked: Asked, prompts: Sequence[Mapping[str, Any]]) -> set[Key]:
@@ -92,7 +138,8 @@ def plain(
 ) -> Iterator[Drawn]:
     starts = torch.tensor([sample_seed(seed, 0, 0, 0) for seed in seeds])
     group = torch.arange(len(entries))
-    images = collect(pipeline, list(entries), group, starts, sampling, (), len(entries)).images
+    noisy = range(sampling.steps)
+    images = collect(pipeline, list(entries), group, starts, sampling, (), len(entries), stochastic=noisy).images
     assert images is not None
     for image in images:
         yield Drawn(image, sampling.steps * (1 if sampling.guidance == 1 else 2))
@@ -102,7 +149,7 @@ def steered(
     steer: Steer,
     entries: Sequence[dict[str, Any]],
     seeds: Sequence[int],
-    steps: int,
+    steps: int | None,
     arguments: Mapping[str, Any],
     share: int,
 ) -> Iterator[Drawn]:
@@ -129,23 +176,23 @@ def sampler(
     first prompts, and what that takes is shared out over all `images`."""
     from diffalign.pipelines.any import AnyPipeline
 
-    foreign = isinstance(pipeline, AnyPipeline)
+    foreign, few = isinstance(pipeline, AnyPipeline), FewSteps.of(sampling)
+    pipeline.few_steps = few
     if wanted.steering is None and not foreign:
         return lambda entries, seeds: plain(pipeline, entries, seeds, sampling)
     arguments: dict[str, Any] = {"height": sampling.height, "width": sampling.width}
-    if not foreign or wanted.guidance is not None:  # a foreign pipeline has its own
-        arguments["guidance_scale"] = sampling.guidance
+    if wanted.guidance is not None:  # some pipelines take none
+        arguments["guidance_scale"] = wanted.guidance
     if wanted.steering is None:
-        if wanted.kernel is not None:
-            raise UserError(f"'{wanted.name}' is sampled by its pipeline's own scheduler; leave kernel out")
         alone = Steer(pipeline, "jpeg", resolve({"name": "best_of_n", "particles": 1}), "ode", None, batch)
         return lambda entries, seeds: (
             Drawn(one.image, one.nfe) for one in steered(alone, entries, seeds, sampling.steps, arguments, 0)
         )
-    steer = Steer(pipeline, list(rewards), wanted.steering, None, None, batch)
-    method, _, spent = steer.calibrated(prompts, sampling.steps, seed, arguments)
+    kernel, steps = (kernel_of(sampling.eta) if sampling.eta else None, sampling.steps) if few is None else (None, None)
+    steer = Steer(pipeline, list(rewards), wanted.steering, kernel, None, batch)
+    method, _, spent = steer.calibrated(prompts, steps, seed, arguments)
     steer, share = steer.using(method), math.ceil(spent / images)
-    return lambda entries, seeds: steered(steer, entries, seeds, sampling.steps, arguments, share)
+    return lambda entries, seeds: steered(steer, entries, seeds, steps, arguments, share)
 
 
 def make(

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image
-
 from diffalign.eval.gallery import Entry, Gallery
-from diffalign.eval.records import LOOKS, MADE, SCORES, parts
+from diffalign.eval.gallery_files import Files, Found
+from diffalign.eval.records import LOOKS, MADE, SCORES, Key, parts, stem
 
 
-def oddities(gallery: Gallery) -> list[str]:
+def oddities(gallery: Gallery, files: Files) -> list[str]:
     """One sentence each, in the order of the page; none when all is as it should be."""
     found = []
-    sizes = {name: _sizes(entry) for name, entry in gallery.entries.items()}
     for name, entry in gallery.entries.items():
         found += _unscored(gallery, name, entry) + _cut_off(name, entry.folder)
-        found += _seeds(gallery, name, entry) + _size(gallery, name, sizes)
+        found += _changed(name, entry, files[name]) + _seeds(gallery, name, entry) + _size(gallery, name, files[name])
+    return found
+
+
+def _changed(name: str, entry: Entry, files: Mapping[Key, Found]) -> list[str]:
+    """Files that are not those which were made and scored; the evaluation makes them again."""
+    damaged = [key for key, file in files.items() if file.size is None]
+    others = [key for key, file in files.items() if file.size is not None and not file.same]
+    found, of = [], len(entry.made)
+    if damaged:
+        found.append(
+            f"{name}: {len(damaged)} of {of} images cannot be read, such as {stem(damaged[0])}.png; the scores are of "
+            "what they were. Run the evaluation again, which makes them anew."
+        )
+    if others:
+        found.append(
+            f"{name}: {len(others)} of {of} images are not those that were scored, such as {stem(others[0])}.png: "
+            "somebody changed the files. Run the evaluation again, which makes them anew."
+        )
     return found
 
 
@@ -64,18 +80,10 @@ def _seeds(gallery: Gallery, name: str, entry: Entry) -> list[str]:
     ]
 
 
-def _sizes(entry: Entry) -> Counter[tuple[int, int]]:
-    """How many images have which size; of those that cannot be read others complain."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    for key in entry.made:
-        with suppress(OSError), Image.open(entry.image(key)) as image:  # reads the head of the file alone
-            sizes[image.size] += 1
-    return sizes
-
-
-def _size(gallery: Gallery, name: str, sizes: dict[str, Counter[tuple[int, int]]]) -> list[str]:
+def _size(gallery: Gallery, name: str, files: Mapping[Key, Found]) -> list[str]:
     found, asked = [], (gallery.asked.width, gallery.asked.height)
-    if strange := {size: n for size, n in sizes[name].items() if size != asked}:
+    sizes = Counter(file.size for file in files.values() if file.size is not None)
+    if strange := {size: n for size, n in sizes.items() if size != asked}:
         told = " and ".join(f"{n} of {w} by {h} pixels" for (w, h), n in sorted(strange.items()))
         found.append(
             f"{name}: {told} instead of {asked[0]} by {asked[1]}; compare with care, for "

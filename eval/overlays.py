@@ -38,14 +38,13 @@ def colours(values: np.ndarray) -> np.ndarray:
 TABLE = colours(np.arange(256) / 255)  # of all channel values
 
 
-def difference(a: Image.Image, b: Image.Image, side: int = SIDE) -> np.ndarray:
-    """Map [h, w, 3] uint8 of mean_c |a - b| for RGB pictures of one size; h and w at most `side`."""
-    apart = ImageChops.difference(a, b)
+def difference(a: Image.Image, b: Image.Image, side: int = SIDE) -> Image.Image:
+    """Map of mean_c |a - b| for RGB pictures of one size; neither side longer than `side`."""
+    apart = ImageChops.difference(a, b).convert("L", matrix=(1 / 3, 1 / 3, 1 / 3, 0))
     if max(apart.size) > side:
-        apart.thumbnail((side, side), Image.Resampling.BOX)
-    mean = np.asarray(apart, np.float32).mean(-1)
-    drawn: np.ndarray = TABLE[np.clip(mean * (255 / BRIGHTEST), 0, 255).astype(np.uint8)]
-    return drawn
+        apart.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=1.0)
+    scaled = np.minimum(np.arange(256) * (255 / BRIGHTEST), 255).astype(np.uint8)
+    return Image.fromarray(TABLE[scaled[np.asarray(apart)]])
 
 
 def heat(details: Mapping[str, Any]) -> np.ndarray | None:

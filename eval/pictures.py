@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -21,9 +22,9 @@ from diffalign.writing import put
 
 Mode = Literal["folder", "single"]
 FOLDER = "img"
-QUALITY, EFFORT = 80, 1
+QUALITY, EFFORT = 80, 0
 SMALL = 128  # px; pictures up to this side are stored exactly: WebP's blocks would show in them, and they cost little
-WAITING = 32  # pictures held in memory, until a thread is free or for another use
+RECENT = 32  # pictures held in memory, for another use
 FORMAT = f"{QUALITY}.{EFFORT}.{SMALL}"  # part of a picture's name, so that another encoding is another file
 
 
@@ -33,33 +34,28 @@ class Pictures:
 
     folder: Path  # of the page
     mode: Mode = "folder"
-    _known: dict[tuple[str, int], str] = field(default_factory=dict)  # file and side -> address
     _work: dict[str, Future[None]] = field(default_factory=dict)  # name -> when it is in its file
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2 * (os.cpu_count() or 1)))
     _recent: dict[Path, Image.Image] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
-    _room: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(WAITING))
 
-    def uri(self, source: Path | np.ndarray, side: int) -> str:
-        """The address of a picture, at most `side` px wide and high: a file, or pixels [H, W, 3] uint8.
+    def file(self, path: Path, digest: str, side: int) -> str:
+        """The address of a picture in a file of this digest, at most `side` px wide and high.
 
-        Raises UserError when the file is missing or damaged, here or in `finish`.
+        Raises UserError when it is missing or damaged, here or in `finish`.
         """
-        known = (str(source), side)
-        if isinstance(source, Path) and known in self._known:
-            return self._known[known]
-        if isinstance(source, Path):
-            self._known[known] = self._address(_read(source), lambda: self.opened(source).copy(), side)
-            return self._known[known]
-        data = source.tobytes() + str(source.shape).encode()
-        return self._address(data, lambda: Image.fromarray(source), side)
+        return self.later(f"picture {digest}", partial(self.opened, path), side)
 
-    def later(self, of: str, draw: Callable[[], np.ndarray], side: int) -> str:
-        """The address of a picture [H, W, 3] uint8 that a thread draws, unless an earlier page had it already.
+    def pixels(self, values: np.ndarray, side: int) -> str:
+        """The same of pixels [H, W, 3] uint8."""
+        return self._address(values.tobytes() + str(values.shape).encode(), partial(Image.fromarray, values), side)
+
+    def later(self, of: str, draw: Callable[[], Image.Image], side: int) -> str:
+        """The address of an RGB picture that a thread draws, unless an earlier page had it already.
 
         `of` names what it is drawn from and how: equal names are equal pictures.
         """
-        return self._address(of.encode(), lambda: Image.fromarray(draw()), side)
+        return self._address(of.encode(), draw, side)
 
     def opened(self, path: Path) -> Image.Image:
         """A picture of the evaluation, RGB, not to be changed. The last few are kept, for what else is drawn from them.
@@ -71,12 +67,13 @@ class Pictures:
                 return self._recent[path]
         try:
             with Image.open(path) as image:
-                picture: Image.Image = image.convert("RGB")
+                image.load()
+                picture: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's for damaged files
             raise UserError(f"{path} is not a readable picture; delete it and run the evaluation again") from error
         with self._lock:
             self._recent[path] = picture
-            while len(self._recent) > WAITING:
+            while len(self._recent) > RECENT:
                 self._recent.pop(next(iter(self._recent)))
         return picture
 
@@ -85,7 +82,6 @@ class Pictures:
             return "data:image/webp;base64," + base64.b64encode(encoded(opened(), side)).decode()
         name = sha256(data + f"{side}.{FORMAT}".encode()).hexdigest()[:20] + ".webp"
         if name not in self._work:
-            self._room.acquire()
             self._work[name] = self._pool.submit(self._store, opened, side, name)
         return f"{FOLDER}/{name}"
 
@@ -108,25 +104,19 @@ class Pictures:
                 path.unlink()
 
     def _store(self, opened: Callable[[], Image.Image], side: int, name: str) -> None:
-        try:
-            target = self.folder / FOLDER / name
-            if not target.is_file():  # the name is a digest of what is in it
-                target.parent.mkdir(exist_ok=True)
-                put(target, encoded(opened(), side))
-        finally:
-            self._room.release()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read; run the evaluation again") from error
+        target = self.folder / FOLDER / name
+        if not target.is_file():  # the name is a digest of what is in it
+            target.parent.mkdir(exist_ok=True)
+            put(target, encoded(opened(), side))
 
 
 def encoded(picture: Image.Image, side: int) -> bytes:
-    if max(picture.size) > side:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=1.0)  # whole factors by boxes: faster
+    """Of the pixels alone, which stay as they are."""
+    scale = min(1.0, side / max(picture.size))
+    width, height = (max(1, round(scale * length)) for length in picture.size)
+    # whole factors by boxes first, which is faster; a picture that is small enough is copied
+    small = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=1.0)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=max(picture.size) <= SMALL, quality=QUALITY, method=EFFORT)
+    exact = max(small.size) <= SMALL
+    small.save(buffer, "WEBP", lossless=exact, quality=QUALITY, method=EFFORT, icc_profile="")
     return buffer.getvalue()

@@ -19,7 +19,8 @@ from diffalign.types import UserError
 
 SETTINGS, PROMPTS, RUN, MADE, SCORES = "eval.json", "prompts.jsonl", "run.json", "made.jsonl", "scores.jsonl"
 IMAGES, FEATURES, LOOKS, METRICS, LINEAGE = "images", "features", "looks.jsonl", "metrics.jsonl", "lineage.jsonl"
-PROBES = ("degraded", "shuffled")  # the image after JPEG and half its size and back; the text of another prompt
+# the image after JPEG and half its size and back; with the text of another prompt; with an empty prompt
+PROBES = ("degraded", "shuffled", "unprompted")
 LOCK = ".lock"  # held by the command that works in the folder
 Key = tuple[str, int]  # (prompt id, number of the image among its prompt's)
 
@@ -68,6 +69,10 @@ class Contestant(Record):
     steps: int
     guidance: float
     kernel: str
+    timesteps: tuple[float, ...] | None = None
+    """Of a few-step model, before its family's shift."""
+    eta: float = 0.0
+    """Noise of the kernel cps."""
     steering: dict[str, Any] | None = None
     trained_on: tuple[str, ...] = ()
     """Names of the heads that it was trained on or steered by; see :meth:`Gallery.trained`."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import subprocess
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
+from diffalign import __version__
 from diffalign.eval.charts import TIMES
 from diffalign.eval.run_folder import Run
 
-PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def subtitle(run: Run) -> str:
@@ -73,10 +77,23 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 def versions() -> str:
     """Versions where this page is written, which are those of the run unless the page was made elsewhere."""
-    found = [f"Python {platform.python_version()}"]
+    found = [f"Python {platform.python_version()}", f"diffalign {__version__}{commit()}"]
     for name in PACKAGES:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed, or a page made elsewhere
+        except importlib.metadata.PackageNotFoundError:  # a page made elsewhere
             continue
     return ", ".join(found)
+
+
+@cache
+def commit() -> str:
+    """ " at 1a2b3c4" in a git checkout, with "-dirty" when its files were changed; nothing elsewhere."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        return f" at {subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()}"
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of another user
+        return ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffalign.eval.records import PROBES, Asked, Key, Score
 from diffalign.image_lists import Listed
 from diffalign.rewards import Reward, Scorer
 from diffalign.scoring import plain
+from diffalign.types import RewardOutput, UserError
 from diffalign.writing import put
 
 QUALITY = 75  # of the JPEG that the probe "degraded" goes through
@@ -40,7 +42,7 @@ def tasks(found: Entry, reward: Reward, prompts: Sequence[Mapping[str, Any]], pr
 
 
 def probes(reward: Reward) -> tuple[str, ...]:
-    """Another prompt tells nothing of a reward that reads none."""
+    """Another prompt, or none, tells nothing of a reward that reads none."""
     return PROBES if reward.needs_prompt else PROBES[:1]
 
 
@@ -60,11 +62,10 @@ def score(
     reward = scorer.reward.key
     by = records.digest_of(asked.rewards[reward])
     place = {p["id"]: number for number, p in enumerate(prompts)}
-    for start in range(0, len(wanted), batch):
-        part = wanted[start : start + batch]
+    for part in parts(wanted, batch):
         pixels = torch.stack([read(found.image(key), probe) for key, probe in part])
-        metadata = [dict(prompts[own(place[key[0]], probe, len(prompts))]) for key, probe in part]
-        output = scorer(pixels, [str(m["prompt"]) for m in metadata], metadata)
+        metadata = [asked_about(prompts, place[key[0]], probe) for key, probe in part]
+        output = said(scorer, pixels, metadata, part[0][1])
         reasons = validity.reasons(output)
         lines = []
         for row, (key, probe) in enumerate(part):
@@ -89,9 +90,32 @@ def score(
         told(len(part))
 
 
-def own(number: int, probe: str, count: int) -> int:
-    """The prompt that an image is scored with: its own, or the one half the set further on."""
-    return (number + count // 2) % count if probe == "shuffled" else number
+def parts(wanted: Sequence[Task], batch: int) -> Iterator[Sequence[Task]]:
+    """Batches of one probe each."""
+    for _, same in groupby(wanted, key=lambda task: task[1]):
+        tasks = list(same)
+        yield from (tasks[start : start + batch] for start in range(0, len(tasks), batch))
+
+
+def said(scorer: Scorer, pixels: Tensor, metadata: Sequence[Mapping[str, Any]], probe: str) -> RewardOutput:
+    """What the reward says of the images. One that cannot bear an empty prompt has nothing to say of that probe."""
+    try:
+        return scorer(pixels, [str(m["prompt"]) for m in metadata], metadata)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a function that somebody wrote for prompts with words
+        if probe != "unprompted":
+            raise
+        why = f"{type(error).__name__}: {error}"
+        nothing = torch.full((len(pixels),), math.nan)
+        return RewardOutput(nothing, {"error": [why] * len(pixels)}, nothing > 0)
+
+
+def asked_about(prompts: Sequence[Mapping[str, Any]], number: int, probe: str) -> dict[str, Any]:
+    """The prompt that an image of that prompt is scored with: its own, the one half the set further on, or none."""
+    if probe == "unprompted":
+        return {"prompt": ""}
+    return dict(prompts[(number + len(prompts) // 2) % len(prompts) if probe == "shuffled" else number])
 
 
 def read(path: Path, probe: str) -> Tensor:

@@ -52,14 +52,16 @@ def differences(gallery: Gallery, reward: str) -> np.ndarray:
     return np.array([scores(gallery, name, reward) - base for name in names]).reshape(len(names), *base.shape)
 
 
-def extremes(gallery: Gallery, reward: str, most: int = MOST) -> tuple[list[Pick], list[Pick]]:
+def extremes(gallery: Gallery, reward: str, most: int = MOST, of: str | None = None) -> tuple[list[Pick], list[Pick]]:
     """(best, worst): the largest differences above zero and the smallest below it, at most one of a prompt in each.
 
-    Where the baseline is alone: its highest and its lowest scores, no prompt in both lists.
+    Where the baseline is alone: its highest and its lowest scores, no prompt in both lists. `of`: of this rival alone.
     """
     names = rivals(gallery)
     if names:
         d = differences(gallery, reward)
+        if of is not None:
+            d, names = d[[names.index(of)]], [of]
         return _first(gallery, names, np.where(d > 0, d, np.nan), most), [
             Pick(p.name, p.key, -p.value) for p in _first(gallery, names, np.where(d < 0, -d, np.nan), most)
         ]

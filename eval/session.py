@@ -31,7 +31,8 @@ from diffalign.types import UserError
 from diffalign.writing import REMEDIES, put
 
 DISK = {*REMEDIES, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EPERM}
-SAME = ("digest", "model", "weights", "steps", "guidance", "kernel", "dtype", "steering", "steered_by", "seed")
+DRAWN = ("steps", "timesteps", "eta", "guidance", "kernel")
+SAME = ("digest", "model", "weights", *DRAWN, "dtype", "steering", "steered_by", "seed")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def known(job: Job, now: Contestant) -> Contestant:
     if other := [key for key in SAME if getattr(before, key) != getattr(now, key)]:
         was = changed(other[0], getattr(before, other[0]), getattr(now, other[0]))
         raise UserError(f"'{now.name}' had {was}; give it another name, or remove '{path.parent}'")
-    return now.model_copy(update={"date": before.date, "command": before.command})
+    return now.model_copy(update={key: getattr(before, key) for key in ("date", "command", "versions")})
 
 
 def changed(key: str, was: Any, now: Any) -> str:
@@ -176,7 +177,9 @@ def described(job: Job, wanted: Wanted) -> Contestant:
         model=wanted.model,
         weights=wanted.weights,
         steps=wanted.steps or job.sampling.steps,
-        guidance=job.sampling.guidance if wanted.guidance is None else wanted.guidance,
+        timesteps=wanted.timesteps,
+        eta=wanted.eta or 0.0,
+        guidance=1.0 if wanted.guidance is None else wanted.guidance,
         kernel=wanted.kernel or job.sampling.kernel,
         steering=None if wanted.steering is None else wanted.steering.model_dump(mode="json"),
         steered_by={r.key: r.model_dump(mode="json") for r in steering},
@@ -197,14 +200,17 @@ def images(job: Job, wanted: Wanted, accelerator: Accelerator, device: str) -> N
     own = job.folder / wanted.name
     about = records.one(Contestant, own / records.RUN)
     missing = making.missing(own, job.asked, job.prompts)
+    total = len(job.prompts) * job.asked.images_per_prompt
+    if missing and accelerator.is_main_process:
+        noted = about.model_copy(update={"versions": made_with(about.versions, len(missing) == total)})
+        put(own / records.RUN, noted.model_dump_json(indent=1) + "\n")
     # steered images are made one by one, so none is made again because of another
     size = 1 if wanted.steering is not None else job.batch
     every = making.batches(job.asked, job.prompts, size, missing)
     mine = every[accelerator.process_index :: accelerator.num_processes]
     if mine:
         pipeline = making.load(wanted, device, job.dtype)
-        sampling = job.sampling.model_copy(update={k: getattr(about, k) for k in ("steps", "guidance", "kernel")})
-        total = len(job.prompts) * job.asked.images_per_prompt
+        sampling = job.sampling.model_copy(update={k: getattr(about, k) for k in DRAWN})
         draw = making.sampler(wanted, pipeline, sampling, job.steering, job.prompts, about.seed, total, job.batch)
         prompts = {p["id"]: p for p in job.prompts}
         with progress(f"{wanted.name}: images", sum(len(missing.intersection(batch)) for batch in mine)) as told:
@@ -215,6 +221,12 @@ def images(job: Job, wanted: Wanted, accelerator: Accelerator, device: str) -> N
     if accelerator.is_main_process:
         tidy(own)
     accelerator.wait_for_everyone()
+
+
+def made_with(before: str, anew: bool) -> str:
+    """What images are made with: versions that all of them share, or those of the first and of the later ones."""
+    now = versions()
+    return now if anew or not before else before if now in before else f"{before} and later {now}"
 
 
 def judged(job: Job, reward: Reward, accelerator: Accelerator, device: str) -> None:

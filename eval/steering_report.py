@@ -74,9 +74,9 @@ def page(run: SteeringRun) -> dict[str, Any]:
 
 
 def _style() -> str:
-    """Both reports look alike: the style sheet of the training report."""
+    """Both reports look alike: the style sheet of the training report; and that of the trees."""
     text = (files("diffalign.eval") / "report.html").read_text("utf-8")
-    return Markup(text.partition("<style>")[2].partition("</style>")[0])
+    return Markup(text.partition("<style>")[2].partition("</style>")[0] + lineage.style())
 
 
 def _scores(line: Line, judge: str) -> list[float | None]:
@@ -172,16 +172,10 @@ def _warnings(run: SteeringRun) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["n"])
 
 
-def unit(run: SteeringRun) -> str:
-    """What runs from left to right."""
-    rounds = run.method == "noise_search" and run.settings["method"].get("algorithm") != "paths"
-    return "round" if rounds else "step"
-
-
 def _charts(run: SteeringRun) -> list[dict[str, Any]]:
     arms = run.of(run.method)
     along = "step" if any("step" in row for a in arms for row in a.history) else "visits"
-    label = unit(run) if along == "step" else along
+    label = lineage.unit(run.settings["method"]) if along == "step" else along
     threshold = run.settings["method"].get("ess")
     line = threshold if _is_number(threshold) and 0 < threshold < 1 else None
 
@@ -234,13 +228,14 @@ def _prompt(run: SteeringRun, line: Line, yes_no: set[str]) -> dict[str, Any]:
     arms = [(name, line.arms[name]) for name in run.arms if name in line.arms]
     method = line.arms.get(run.method)
     further = range(1, min(len(method.images), SMALLS + 1) if method else 1)
+    along = lineage.unit(run.settings["method"])
     return {
         "index": line.index,
         "prompt": line.prompt,
         "pictures": [{"arm": name, **_picture(run, arm, 0, LARGE, yes_no)} for name, arm in arms],
         "further": [_picture(run, method, k, SMALL, yes_no) for k in further] if method else [],
         "left_out": max(0, len(method.images) - 1 - SMALLS) if method else 0,
-        "tree": lineage.picture(method.lineage, method.leaves[0], unit(run)) if method else None,
+        "tree": lineage.picture(method.lineage, method.leaves[0], along) if method else None,
     }
 
 

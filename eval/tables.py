@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from diffalign.eval import ranking
-from diffalign.eval.gallery import Gallery
+from diffalign.eval.gallery import Entry, Gallery
+from diffalign.eval.gallery_files import Files
 from diffalign.eval.oddities import oddities
 from diffalign.eval.set_tables import cost, diversity, looks
 from diffalign.eval.statistics import Paired, bootstrap_mean, paired, wilson
@@ -21,10 +22,11 @@ DISTANCE = "diversity"  # the axis of trade-offs that is no reward: mean 1 - cos
 Numbers = dict[str, Any]
 
 
-def numbers(gallery: Gallery, people: np.ndarray | None = None) -> Numbers:
+def numbers(gallery: Gallery, files: Files, people: np.ndarray | None = None) -> Numbers:
     """Everything that tables and charts show; what is not known is None.
 
     Args:
+        files: what lies in the places of the images; see :func:`inspect`.
         people: [M, M], how often people preferred a contestant to another, ties as half; in the order of the page.
     """
     names = list(gallery.entries)
@@ -39,11 +41,10 @@ def numbers(gallery: Gallery, people: np.ndarray | None = None) -> Numbers:
         "asked": gallery.asked.model_dump(mode="json"),
         "prompts": len(gallery.prompts),
         "contestants": [
-            {**e.about.model_dump(mode="json"), "images": len(e.made), "of": len(gallery.keys)}
-            for e in gallery.entries.values()
+            {**recorded(e), "images": len(e.made), "of": len(gallery.keys)} for e in gallery.entries.values()
         ],
         "noise": noise(gallery),
-        "problems": [*gallery.problems, *oddities(gallery)],
+        "problems": [*gallery.problems, *oddities(gallery, files)],
         "rewards": rewards,
         "categories": {r: rows for r in gallery.rewards if (rows := _categories(gallery, scores[r]))},
         "wins": {r: _wins(names, scores[r]) for r in gallery.rewards},
@@ -54,6 +55,12 @@ def numbers(gallery: Gallery, people: np.ndarray | None = None) -> Numbers:
         "cost": cost(gallery),
     }
     return {key: plain(value) for key, value in found.items()}
+
+
+def recorded(entry: Entry) -> dict[str, Any]:
+    """What a contestant's file says; None for a precision that older ones leave out."""
+    known = entry.about.model_dump(mode="json")
+    return known if "dtype" in entry.about.model_fields_set else {**known, "dtype": None}
 
 
 def noise(gallery: Gallery) -> list[str]:

@@ -25,6 +25,8 @@ class Vote(BaseModel):
     """From left to right, as they were shown."""
     best: str | None
     """null: no difference."""
+    seed: int | None = None
+    """Of the choice and order of those shown, by the page's generator."""
     evaluation: str = ""
     """`fingerprint` of what was voted on."""
     sitting: str = ""

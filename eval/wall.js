@@ -19,15 +19,24 @@
     parent.append(made);
     return made;
   };
-  const shuffled = (items) => {
+  /* Numbers in [0, 1) that follow from a seed: the mixing function of MurmurHash3 of seed, row and place. */
+  const mixed = (seed, row, place) => {
+    let h = (seed ^ Math.imul(row + 1, 0x9e3779b1) ^ Math.imul(place + 1, 0x85ebca77)) >>> 0;
+    h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
+    h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
+    return ((h ^ (h >>> 16)) >>> 0) / 2 ** 32;
+  };
+  const shuffled = (items, seed, row) => {
     const out = [...items];
     for (let i = out.length - 1; i > 0; i--) {
-      const j = Math.floor(Math.random() * (i + 1));
+      const j = Math.floor(mixed(seed, row, i) * (i + 1));
       [out[i], out[j]] = [out[j], out[i]];
     }
     return out;
   };
   const tell = (text) => { byId("told").textContent = text; };
+  const seen = (row) => cells(row).filter((cell) => !cell.hidden);  // blind, two of a row may be all
+  const counted = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
   const shown = () => [...box.children].filter((row) => !row.hidden);
 
   /* Search, filter, sort. Rows without a value come last, equal ones in the order of the set. */
@@ -53,7 +62,7 @@
     const of = worth[byId("sort").value];
     const at = new Map(rows.map((row, p) => [row, of(p) === null ? -Infinity : of(p)]));
     box.append(...[...rows].sort((a, b) => (at.get(a) === at.get(b) ? number(a) - number(b) : at.get(b) - at.get(a))));
-    byId("count").textContent = found.length === rows.length ? `${rows.length} prompts` : `${found.length} of ${rows.length} prompts`;
+    byId("count").textContent = found.length === rows.length ? counted(rows.length, "prompt") : `${found.length} of ${counted(rows.length, "prompt")}`;
   };
   const frame = () => {
     if (!data.means.length) return;
@@ -69,6 +78,7 @@
   /* Blind votes: letters for names, columns shuffled in every row. What was seen is noted with each vote. */
   const votes = new Map();
   const alts = new Map();
+  let seed = 0;  // of what is shown, and in which order
   const sitting = [...crypto.getRandomValues(new Uint8Array(8))].map((b) => b.toString(16).padStart(2, "0")).join("");
   const blind = () => wall.classList.contains("blind"), revealed = () => wall.classList.contains("revealed");
   const hiding = () => blind() && !revealed();
@@ -103,13 +113,13 @@
   };
   const vote = (row, best) => {
     if (!hiding()) return;
-    const there = cells(row).filter((cell) => cell.querySelector("img")).map(contestant);
+    const there = seen(row).filter((cell) => cell.querySelector("img")).map(contestant);
     if (there.length < 2 || (best !== null && !there.includes(best))) return tell("There are no two pictures to compare here.");
     const before = votes.get(number(row));
     if (before && before.best === best) votes.delete(number(row));
-    else votes.set(number(row), { shown: there, best });
+    else votes.set(number(row), { shown: there, best, seed });
     mark(row);
-    tell(`${votes.size} ${votes.size === 1 ? "vote" : "votes"}, kept in this page until it is closed: export them.`);
+    tell(`${counted(votes.size, "vote")}, kept in this page until it is closed: export them.`);
   };
   const ballots = () => {
     for (const row of rows) {
@@ -124,6 +134,11 @@
       }
     }
   };
+  /* The first two that have pictures; the noise floor, the baseline with other seeds, is nobody to vote on. */
+  const sides = (row, places) => {
+    const who = places.filter((m) => m === data.baseline || data.rivals.includes(m));
+    return who.filter((m) => pictures(cellOf(row, m)).length).slice(0, 2);
+  };
   const scored = ["gain", "loss", "worst", "disagreement"];
   const goBlind = (on) => {
     wall.classList.toggle("blind", on);
@@ -131,9 +146,15 @@
     if (on) ballots();
     for (const option of byId("sort").options) option.disabled = on && scored.includes(option.value);
     if (on && scored.includes(byId("sort").value)) byId("sort").value = "set";
+    const two = on && value("sides", "all") === "two";
+    wall.classList.toggle("two", two);
+    if (on) [seed] = crypto.getRandomValues(new Uint32Array(1));
     for (const row of rows) {
       const all = data.names.map((_, m) => m);
-      order(row, on ? shuffled(all) : all);
+      const places = on ? shuffled(all, seed, number(row)) : all;
+      const pair = two ? sides(row, places) : places;
+      order(row, [...pair, ...places.filter((m) => !pair.includes(m))]);
+      for (const cell of cells(row)) cell.hidden = !pair.includes(contestant(cell));
       label(row);
     }
     if (byId("chosen")) byId("chosen").hidden = on;  // it names them
@@ -157,14 +178,14 @@
     const named = (m) => (m === null ? null : data.names[m]);
     const file = {
       format: "diffalign votes", version: 1, evaluation: data.evaluation, sitting,
-      votes: [...votes].sort(([a], [b]) => a - b).map(([p, v]) => ({ id: rows[p].id.slice(2), shown: v.shown.map(named), best: named(v.best) })),
+      votes: [...votes].sort(([a], [b]) => a - b).map(([p, v]) => ({ id: rows[p].id.slice(2), shown: v.shown.map(named), best: named(v.best), seed: v.seed })),
     };
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([JSON.stringify(file, null, 1) + "\n"], { type: "application/json" }));
     link.download = "votes.json";
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    tell(`${votes.size} votes exported.`);
+    tell(`${counted(votes.size, "vote")} exported.`);
   };
 
   /* The lightbox. `at` is the cell and the number of the picture; the reference is another contestant's of the same number. */
@@ -187,7 +208,7 @@
     img.src = `${encodeURIComponent(data.names[m])}/images/${file}`;
   };
   const reference = () => {
-    const here = cells(at.row).map(contestant).filter((m) => m !== at.m && shot(at.row, m, at.k));
+    const here = seen(at.row).map(contestant).filter((m) => m !== at.m && shot(at.row, m, at.k));
     if (here.includes(at.other)) return at.other;
     return !hiding() && here.includes(data.baseline) ? data.baseline : here.length ? here[0] : null;
   };
@@ -273,14 +294,17 @@
     draw();
   };
   const across = (by) => {
-    const there = cells(at.row).map(contestant).filter((m) => shot(at.row, m, at.k));
+    const there = seen(at.row).map(contestant).filter((m) => shot(at.row, m, at.k));
     at.m = there[(there.indexOf(at.m) + by + there.length) % there.length];
   };
   const along = (by) => {
-    const all = shown().filter((row) => row === at.row || pictures(cellOf(row, at.m)).length);
+    const side = seen(at.row).map(contestant).indexOf(at.m);
+    // of two in each row, the one on the same side
+    const cell = (row) => (wall.classList.contains("two") ? seen(row)[side] : cellOf(row, at.m));
+    const all = shown().filter((row) => row === at.row || (cell(row) && pictures(cell(row)).length));
     const row = all[all.indexOf(at.row) + by];
     if (!row) return;
-    at.row = row;
+    [at.m, at.row] = [contestant(cell(row)), row];
     if (!shot(row, at.m, at.k)) at.k = Number(pictures(cellOf(row, at.m))[0].dataset.k);
   };
   const through = (by) => {
@@ -347,7 +371,7 @@
     }
     const all = shown(), next = all[all.indexOf(row) + (key === "ArrowDown" ? 1 : -1)];
     const same = next && shot(next, contestant(button.closest(".cell")), button.dataset.k);
-    return same || (next && next.querySelector(".shot"));
+    return same && visible(same) ? same : next && [...next.querySelectorAll(".shot")].find(visible);
   };
   const typing = (target) => target.closest("input, select, textarea, [contenteditable]");
   document.addEventListener("keydown", (event) => {
@@ -362,7 +386,7 @@
     else if (event.key === "b" && byId("blind")) goBlind(!blind());
     else if (event.key === "r" && blind()) reveal();
     else if (hiding() && row && /^[0-9]$/.test(event.key)) {
-      const cell = cells(row)[Number(event.key) - 1];
+      const cell = seen(row)[Number(event.key) - 1];
       if (event.key === "0") vote(row, null);
       else if (cell) vote(row, contestant(cell));
     } else return;
@@ -388,6 +412,7 @@
   on("by", "change", () => { frame(); arrange(); });
   on("shown", "change", () => { wall.dataset.k = byId("shown").value; });
   on("blind", "click", () => goBlind(!blind()));
+  on("sides", "change", () => { if (blind()) goBlind(true); });
   on("reveal", "click", reveal);
   on("export", "click", save);
 

@@ -17,6 +17,8 @@ from PIL import Image
 
 from diffalign.eval import overlays, selections, votes
 from diffalign.eval.gallery import Entry, Gallery
+from diffalign.eval.gallery_files import Files
+from diffalign.eval.gallery_tables import counted
 from diffalign.eval.pictures import Pictures
 from diffalign.eval.records import Key, stem
 from diffalign.eval.report import number, signed
@@ -25,10 +27,11 @@ SIDE = 256  # px of a thumbnail at most
 DIFFERENCES = 1000  # maps of differences that a page has at most: the first images of all prompts come first
 LONGEST_ALT = 160  # characters of a prompt in the text of a picture
 BAR, LINE = 72, 16  # px of the widest bar, and of a line of text
+Addresses = Mapping[tuple[str, Key], str]  # of what is told of an image
 ECHOES = {"log_probs": "log-probability in nats", "gain": "nats that the picture adds"}
 
 
-def build(gallery: Gallery, pictures: Pictures, originals: bool = False) -> Markup:
+def build(gallery: Gallery, files: Files, pictures: Pictures, originals: bool = False) -> Markup:
     """The sections of the gallery and the chosen pictures, with the lightbox and its data.
 
     The page adds `style()` and `script()` once. `originals`: the page lies in the evaluation's folder, so that the
@@ -37,17 +40,17 @@ def build(gallery: Gallery, pictures: Pictures, originals: bool = False) -> Mark
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {"number": number, "signed": signed, "counted": counted}
     template = environment.from_string(_part("wall.html"))
-    addresses, differences = _addresses(gallery, pictures)
+    addresses, differences = _addresses(gallery, files, pictures)
     rivals = selections.rivals(gallery)
     means = {reward: {name: gallery.per_prompt(name, reward) for name in gallery.entries} for reward in gallery.rewards}
     tags = dict.fromkeys(tag for prompt in gallery.prompts for tag in tags_of(prompt))
     data = json.dumps(_data(gallery, pictures, differences, means, originals), ensure_ascii=False, allow_nan=False)
     return Markup(
         template.render(
-            rows=_rows(gallery, addresses, means),
-            lists=list(_lists(gallery, addresses)) if addresses else [],
+            rows=_rows(gallery, addresses, gone(gallery, files), means),
+            lists=list(_lists(gallery, addresses, gone(gallery, files))) if addresses else [],
             rules=(selections.RULE if rivals else selections.RULE_ALONE, selections.RULE_DISAGREE),
             names=list(gallery.entries),
             baseline=gallery.asked.baseline,
@@ -86,7 +89,7 @@ def _part(name: str) -> str:
     return (files("diffalign.eval") / name).read_text(encoding="utf-8")
 
 
-def _rows(gallery: Gallery, addresses: Mapping[tuple[str, Key], str], means: Any) -> Iterator[dict[str, Any]]:
+def _rows(gallery: Gallery, addresses: Addresses, why: Addresses, means: Any) -> Iterator[dict[str, Any]]:
     base = gallery.asked.baseline
     widest = {reward: _widest(gallery, means[reward]) for reward in gallery.rewards}
     for p, prompt in enumerate(gallery.prompts):
@@ -98,7 +101,7 @@ def _rows(gallery: Gallery, addresses: Mapping[tuple[str, Key], str], means: Any
             keys = [(prompt["id"], k) for k in range(gallery.asked.images_per_prompt)]
             cells.append({
                 "m": m, "name": name, "won": name in winners,
-                "shots": [_shot(gallery, entry, key, prompt["prompt"], addresses.get((name, key))) for key in keys],
+                "shots": [_shot(gallery, entry, key, addresses, why) for key in keys],
                 "means": "\n".join(map(number, own)),
                 "deltas": "" if name == base else "\n".join(signed(d) if math.isfinite(d) else "" for d in deltas),
                 "bars": "" if name == base else bars(deltas, [widest[reward] for reward in gallery.rewards]),
@@ -106,13 +109,15 @@ def _rows(gallery: Gallery, addresses: Mapping[tuple[str, Key], str], means: Any
         yield {"p": p, "id": prompt["id"], "prompt": prompt["prompt"], "tags": tags_of(prompt), "cells": cells}
 
 
-def _shot(gallery: Gallery, entry: Entry, key: Key, prompt: str, address: str | None) -> dict[str, Any]:
+def _shot(gallery: Gallery, entry: Entry, key: Key, addresses: Addresses, why: Addresses) -> dict[str, Any]:
     values = [entry.value(reward, key) for reward in gallery.rewards]
     seed = entry.made[key].seed if key in entry.made else 0
+    place = entry.about.name, key
     return {
         "k": key[1],
-        "address": address,
-        "alt": alt(prompt, entry.about.name, seed),
+        "address": addresses.get(place),
+        "why": why.get(place, "not made yet"),
+        "alt": alt(gallery.prompts[int(key[0])]["prompt"], entry.about.name, seed),
         "scores": "\n".join(map(number, values)),
     }
 
@@ -148,33 +153,30 @@ def bars(deltas: list[float], widest: list[float]) -> Markup:
     )
 
 
-def _lists(gallery: Gallery, addresses: Mapping[tuple[str, Key], str]) -> Iterator[dict[str, Any]]:
+def _lists(gallery: Gallery, addresses: Addresses, why: Addresses) -> Iterator[dict[str, Any]]:
     """The lists of chosen pictures: the best and the worst of each reward, then the disagreements."""
     lone = not selections.rivals(gallery)
     for reward in gallery.rewards:
         best, worst = selections.extremes(gallery, reward)
         words = ("Highest", "Lowest") if lone else ("Rose most", "Fell most")
         parts = [
-            (word, [_tile(gallery, addresses, pick, [reward]) for pick in picks])
+            (word, [_tile(gallery, addresses, why, pick, [reward]) for pick in picks])
             for word, picks in zip(words, (best, worst), strict=True)
         ]
         yield {"title": reward, "rule": 0, "parts": parts}
     if len(gallery.rewards) > 1 and not lone:
         picks = selections.disagreements(gallery)
-        tiles = [_tile(gallery, addresses, pick, gallery.rewards) for pick in picks]
+        tiles = [_tile(gallery, addresses, why, pick, gallery.rewards) for pick in picks]
         yield {"title": "Rewards disagree", "rule": 1, "parts": [("Largest disagreements", tiles)]}
 
 
 def _tile(
-    gallery: Gallery, addresses: Mapping[tuple[str, Key], str], pick: selections.Pick, rewards: list[str]
+    gallery: Gallery, addresses: Addresses, why: Addresses, pick: selections.Pick, rewards: list[str]
 ) -> dict[str, Any]:
     base, own = gallery.baseline, gallery.entries[pick.name]
     prompt = gallery.prompts[int(pick.key[0])]["prompt"]
-    shown = list(dict.fromkeys([base.about.name, pick.name]))
-    figures = [
-        {**_shot(gallery, gallery.entries[name], pick.key, prompt, addresses.get((name, pick.key))), "name": name}
-        for name in shown
-    ]
+    shown = dict.fromkeys([base.about.name, pick.name])
+    figures = [{**_shot(gallery, gallery.entries[name], pick.key, addresses, why), "name": name} for name in shown]
     lines = [(reward, base.value(reward, pick.key), own.value(reward, pick.key)) for reward in rewards]
     return {"id": pick.key[0], "k": pick.key[1], "prompt": prompt, "figures": figures, "lines": lines}
 
@@ -216,7 +218,7 @@ def _overlays(gallery: Gallery, pictures: Pictures) -> dict[str, Any]:
             for key, score in sorted(scored.items()):
                 place = f"{m}.{int(key[0])}.{key[1]}"
                 if (drawn := overlays.heat(score.details)) is not None:
-                    maps.setdefault(reward, {})[place] = pictures.uri(drawn, overlays.MAP_SIDE)
+                    maps.setdefault(reward, {})[place] = pictures.pixels(drawn, overlays.MAP_SIDE)
                 for of, unit in ECHOES.items():
                     if (echo := overlays.echo(score.details, of)) is not None:
                         layer = echoes.setdefault(
@@ -230,35 +232,35 @@ def _overlays(gallery: Gallery, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _addresses(gallery: Gallery, pictures: Pictures) -> tuple[dict[tuple[str, Key], str], dict[str, str]]:
+def gone(gallery: Gallery, files: Files) -> dict[tuple[str, Key], str]:
+    """Why an image that was made cannot be shown."""
+    found = {}
+    for name, entry in gallery.entries.items():
+        for key in entry.made:
+            file = files[name].get(key)
+            if file is None or file.size is None:
+                found[name, key] = "missing" if file is None else "damaged"
+    return found
+
+
+def _addresses(gallery: Gallery, files: Files, pictures: Pictures) -> tuple[dict[tuple[str, Key], str], dict[str, str]]:
     """Addresses of all pictures, and of the first images' difference maps, by "contestant.prompt.image"."""
     addresses: dict[tuple[str, Key], str] = {}
     differences: dict[str, str] = {}
-    base = gallery.baseline
+    base = gallery.asked.baseline
     for key in sorted(gallery.keys, key=lambda key: (key[1], key[0])):
-        there = [n for n, e in gallery.entries.items() if key in e.made and e.image(key).is_file()]
-        for name in there:
-            addresses[name, key] = pictures.uri(gallery.entries[name].image(key), SIDE)
-        if base.about.name not in there or len(differences) + len(there) - 1 > DIFFERENCES:
+        there = {n: files[n][key] for n in gallery.entries if key in files[n] and files[n][key].size is not None}
+        for name, file in there.items():
+            addresses[name, key] = pictures.file(gallery.entries[name].image(key), file.digest, SIDE)
+        if base not in there or len(differences) + len(there) - 1 > DIFFERENCES:
             continue
         for m, name in enumerate(gallery.entries):
-            own = gallery.entries[name]
-            if name in there and own is not base and _size(own.image(key)) == _size(base.image(key)):
-                of = f"difference {own.made[key].digest} {base.made[key].digest} {overlays.BRIGHTEST}"
-                draw = partial(_apart, pictures, own.image(key), base.image(key))
+            if name in there and name != base and there[name].size == there[base].size:
+                of = f"difference {there[name].digest} {there[base].digest} {overlays.BRIGHTEST}"
+                draw = partial(_apart, pictures, gallery.entries[name].image(key), gallery.baseline.image(key))
                 differences[f"{m}.{int(key[0])}.{key[1]}"] = pictures.later(of, draw, overlays.SIDE)
     return addresses, differences
 
 
-def _size(path: Path) -> tuple[int, int] | None:
-    """From the file's first bytes; None for what is no picture, as the page says of it elsewhere."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return width, height
-    except (OSError, ValueError, SyntaxError):  # Pillow's for a damaged PNG
-        return None
-
-
-def _apart(pictures: Pictures, a: Path, b: Path) -> np.ndarray:
+def _apart(pictures: Pictures, a: Path, b: Path) -> Image.Image:
     return overlays.difference(pictures.opened(a), pictures.opened(b))

@@ -6,7 +6,6 @@ any.py serves every other text-to-image pipeline, for steering alone.
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from fnmatch import fnmatch
 from importlib.resources import files
@@ -14,16 +13,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffalign.few_steps import FewSteps
+from diffalign.pipelines import _note
+from diffalign.pipelines._note import SIDECAR
 from diffalign.types import UserError
 
+__all__ = ["SIDECAR", "embedded_names", "embedded_path", "family", "few_steps", "load", "looks_like_hub_id", "outline"]
 DTYPES = ("fp32", "bf16", "fp16")
 ENCODERS = ("resident", "offload")
-SIDECAR = "diffalign.json"  # what a folder exported by this library remembers beyond the diffusers format
 
 # Here rather than in sd3.py, because memory is estimated from them without importing torch.
 ENCODE_BATCH = 32  # prompts that the text encoders take at once
 DECODE_BATCH = 8  # images that the VAE decodes at once, unless they hold more pixels than this together:
 DECODED_PIXELS = 1 << 20  # four images of 512 x 512; more are no faster and take 3 KiB of memory a pixel
+GRADED_PIXELS = 1 << 18  # with a gradient one of 512 x 512, for what is kept of it takes 22 KiB a pixel
 
 # Flow-GRPO (arXiv 2505.05470): the joint attention alone. "attn.to_q" does not end the name "attn2.to_q", so the
 # second, image-only attention of SD3.5-medium's first 13 blocks stays frozen, as in the paper's code.
@@ -91,6 +94,8 @@ def load(
         encoders: 'resident' on the device, or 'offload': in main memory, and on the device only to encode.
         steering: a class that no family file serves gives an AnyPipeline, which can be steered and not trained.
 
+    A distilled model remembers its steps as `few_steps`, for generation, evaluation and steering.
+
     Raises UserError when the model cannot be found, reached, read or is of an unknown family.
     """
     import torch
@@ -100,22 +105,15 @@ def load(
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
     if encoders not in ENCODERS:
         raise UserError(f"encoders '{encoders}' is not one of {', '.join(ENCODERS)}")
-    source, local = _locate(str(path))
-    if local and revision is not None:
-        raise UserError(f"revision '{revision}' applies to hub ids only, and '{path}' is on this machine; leave it out")
-    if max_sequence_length is None and local:
-        max_sequence_length = _remembered(Path(source))
+    source, local = _locate(str(path), revision)
+    note = _note.read(Path(source)) if local else _note.Note()
+    if max_sequence_length is None:
+        max_sequence_length = note.max_sequence_length
     chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device '{device}' needs a GPU and PyTorch sees none; set device: cpu")
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    try:
-        config = DiffusionPipeline.load_config(source, revision=revision)
-    except Exception as error:  # the hub client raises many kinds, none of which the user should meet as a traceback
-        raise UserError(_unreadable(path, local, error)) from error
-    if "_class_name" not in config:
-        raise UserError(f"model_index.json of '{path}' names no _class_name; save the model with save_pretrained")
-    module = family(config["_class_name"], steering)
+    config, module = _index(path, source, local, revision, steering)
     try:
         # The VAE stays in fp32: it decodes the images that are rewarded.
         dtypes: Any = {"default": torch_dtype, "vae": torch.float32}
@@ -128,8 +126,19 @@ def load(
     except Exception as error:
         raise UserError(_unreadable(path, local, error)) from error
     _check_tokenizers(path, pipe)
+    if note.scheduler is not None:  # the saved one knows the few steps alone
+        pipe.scheduler = type(pipe.scheduler).from_config(note.scheduler)
     offload = encoders == "offload"
-    return module.wrap(pipe, torch_dtype, chosen, max_sequence_length, (source, revision), offload)
+    wrapped = module.wrap(pipe, torch_dtype, chosen, max_sequence_length, (source, revision), offload)
+    wrapped.few_steps = note.few_steps
+    return wrapped
+
+
+def few_steps(path: str | Path, lora: str | Path | None = None) -> FewSteps | None:
+    """How a distilled model is sampled: what the folder of its LoRA remembers, or its own; None for any other model,
+    and for a hub id."""
+    own = None if lora is None else _note.read(Path(lora)).few_steps
+    return own or _note.read(Path(path).expanduser()).few_steps
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -137,21 +146,54 @@ def looks_like_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
 
 
-def _locate(path: str) -> tuple[str, bool]:
+def outline(path: str | Path, revision: str | None = None) -> Any:
+    """What `load(..., steering=True)` gives, of its configuration files alone: every part is there, on the device
+    "meta" and without weights, so it tells its size and whether a LoRA fits. It has no tokenizers.
+
+    Raises UserError for what `load` would refuse of these files, and for weights on this machine that are cut off or
+    missing; other errors for a class that cannot be made without weights.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from diffalign.pipelines import _outline
+
+    source, local = _locate(str(path), revision)
+    config, module = _index(path, source, local, revision, steering=True)
+    tokens = _note.read(Path(source)).max_sequence_length if local else None
+    parts = _outline.parts(source, revision, config) | dict.fromkeys(module.unused(tokens))
+    if local:
+        _outline.check_weights(Path(source), parts)
+    pipe = DiffusionPipeline.from_pretrained(source, revision=revision, **parts)
+    return module.wrap(pipe, torch.float32, torch.device("meta"), tokens, (source, revision))
+
+
+def _index(
+    path: str | Path, source: str, local: bool, revision: str | None, steering: bool
+) -> tuple[dict[str, Any], ModuleType]:
+    """model_index.json, and the family that serves it."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        config: dict[str, Any] = DiffusionPipeline.load_config(source, revision=revision)
+    except Exception as error:  # the hub client raises many kinds, none of which the user should meet as a traceback
+        raise UserError(_unreadable(path, local, error)) from error
+    if "_class_name" not in config:
+        raise UserError(f"model_index.json of '{path}' names no _class_name; save the model with save_pretrained")
+    return config, family(config["_class_name"], steering)
+
+
+def _locate(path: str, revision: str | None) -> tuple[str, bool]:
     """(folder or hub id, is it on this machine)."""
-    if path in embedded_names():
-        return str(embedded_path(path)), True
-    if Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser()), True
+    local = path in embedded_names() or Path(path).expanduser().is_dir()
+    if local and revision is not None:
+        raise UserError(f"revision '{revision}' applies to hub ids only, and '{path}' is on this machine; leave it out")
+    if local:
+        return str(embedded_path(path) if path in embedded_names() else Path(path).expanduser()), True
     if not looks_like_hub_id(path):
         known = ", ".join(embedded_names())
         raise UserError(f"model folder '{path}' does not exist; give a folder, a hub id or an embedded name ({known})")
     return path, False
-
-
-def _remembered(folder: Path) -> int | None:
-    note = folder / SIDECAR
-    return int(json.loads(note.read_text())["max_sequence_length"]) if note.is_file() else None
 
 
 def _check_tokenizers(path: str | Path, pipe: Any) -> None:

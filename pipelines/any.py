@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffalign.few_steps import FewSteps
 from diffalign.pipelines import _any_arguments as arguments_of
 from diffalign.pipelines import looks_like_hub_id
 from diffalign.pipelines._any_oracle import AnyOracle, reason
@@ -73,6 +74,7 @@ class AnyPipeline:
         self.pipe = pipe
         self.max_sequence_length = max_sequence_length
         self.source = source
+        self.few_steps: FewSteps | None = None  # none of our distilled models is of another family
         self.offload = offload and device is not None
         for part in self._modules().values():
             part.requires_grad_(False).eval()
@@ -93,6 +95,11 @@ class AnyPipeline:
         Raises UserError for an argument that it does not take, that steering sets itself, or that it refuses.
         """
         return AnyOracle(self, prompt, steps, arguments)
+
+    def default(self, argument: str) -> Any:
+        """Of an argument of the pipeline's call; None when it takes no such argument."""
+        found = arguments_of.parameters(type(self.pipe)).get(argument)
+        return None if found is None else found.default
 
     def load_lora(self, folder: str | Path) -> None:
         """Load a LoRA (folder, file or hub id) as the pipeline itself does. Raises UserError if it does not fit."""

@@ -16,8 +16,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from diffalign.pipelines import DECODE_BATCH, DECODED_PIXELS, ENCODE_BATCH, SD3_LORA_TARGETS
+from diffalign.few_steps import FewSteps
+from diffalign.pipelines import DECODE_BATCH, DECODED_PIXELS, ENCODE_BATCH, GRADED_PIXELS, SD3_LORA_TARGETS
 from diffalign.schedules import RectifiedFlow
 from diffalign.types import Conditioning, UserError
 
@@ -88,6 +90,7 @@ class SD3:
         self.max_sequence_length: int | None = max_sequence_length
         self.source = source
         self.offload = offload
+        self.few_steps: FewSteps | None = None  # of a distilled model: how it is sampled unless one says otherwise
         self.decode_batch = DECODE_BATCH  # images a VAE forward decodes at most: a memory knob
         self.network: Any = _placed(pipe.transformer, self.device, dtype)  # never wrapped
         self.trainable: torch.nn.Module = self.network  # what is called; a trainer may put its wrapped form here
@@ -177,10 +180,14 @@ class SD3:
             raise UserError(f"height and width must be multiples of {unit} up to {most}, got {height} x {width}")
         return config.in_channels, height // factor, width // factor
 
-    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
-        """[steps + 1] fp32, last 0: exactly those of the model's own scheduler, dynamic shifting included."""
-        if steps < 1:
-            raise UserError(f"sampling needs at least one step, got {steps}")
+    def sigmas(self, steps: int | Sequence[float], height: int, width: int) -> Tensor:
+        """[T + 1] fp32, last 0: exactly those of the model's own scheduler, dynamic shifting included.
+
+        `steps` is their number, or the timesteps of a few-step generator as they are before the scheduler's shift.
+        """
+        count = steps if isinstance(steps, int) else len(steps)
+        if count < 1:
+            raise UserError(f"sampling needs at least one step, got {count}")
         scheduler = copy.deepcopy(self.pipe.scheduler)
         config, patch = scheduler.config, self.pipe.transformer.config.patch_size
         mu = None
@@ -188,7 +195,10 @@ class SD3:
             _, h, w = self.latent_shape(height, width)
             span = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
             mu = calculate_shift((h // patch) * (w // patch), *span)
-        scheduler.set_timesteps(steps, mu=mu)
+        if isinstance(steps, int):
+            scheduler.set_timesteps(steps, mu=mu)
+        else:
+            scheduler.set_timesteps(sigmas=[t / scheduler.config.num_train_timesteps for t in steps], mu=mu)
         sigmas: Tensor = scheduler.sigmas
         return sigmas
 
@@ -218,13 +228,26 @@ class SD3:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, 3, H, W] fp32 in [0, 1]; gradients flow when enabled."""
+        """[B, C, h, w] -> [B, 3, H, W] fp32 in [0, 1]; gradients flow when enabled.
+
+        Then many images are decoded a few at a time, and again in the backward pass, so that one part's activations are
+        in memory and not those of all.
+        """
         vae = self.pipe.vae
         z = latents.to(self.device, torch.float32) / vae.config.scaling_factor + vae.config.shift_factor
         pixels = z.shape[-2] * z.shape[-1] * self.pipe.vae_scale_factor**2
-        batch = min(self.decode_batch, max(1, DECODED_PIXELS // pixels))
-        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.split(batch)])
+        graded = torch.is_grad_enabled() and z.requires_grad
+        batch = min(self.decode_batch, max(1, (GRADED_PIXELS if graded else DECODED_PIXELS) // pixels))
+        parts = z.split(batch)
+        again = graded and len(parts) > 1 and len(z) * pixels > GRADED_PIXELS
+        images = torch.cat(
+            [checkpoint(self._decode, z, use_reentrant=False) if again else self._decode(z) for z in parts]
+        )
         return (images * 0.5 + 0.5).clamp(0, 1)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        images: Tensor = self.pipe.vae.decode(z, return_dict=False)[0]
+        return images
 
     def compile_blocks(self) -> None:
         """Regional torch.compile: one graph shared by all transformer blocks. Add adapters first."""

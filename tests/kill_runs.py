@@ -81,6 +81,12 @@ def evaluate(command: list[str], folder: Path, kill_at: int) -> None:
     sys.exit(cli.main(["eval", *command]))
 
 
+def evaluate_on_a_full_disk(command: list[str], size: int) -> None:
+    """`diffalign eval` where no file can be longer than that many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    sys.exit(cli.main(["eval", *command]))
+
+
 def save_again(folder: Path, value: float, kill_at: int) -> None:
     """Write checkpoint 1 of one number, in place of the one that is there."""
     if kill_at:

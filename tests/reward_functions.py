@@ -48,6 +48,11 @@ def asleep(images: Tensor, prompts: Any, metadata: Any) -> RewardOutput:
     return RewardOutput(torch.zeros(len(images)), {"error": ["asleep"] * len(images)}, torch.zeros(len(images)) > 0)
 
 
+def wordy(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    """Cannot bear a prompt without words."""
+    return torch.tensor([float(len(p.split()[0])) for p in prompts])
+
+
 class Exploding(GRPO):
     def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
         for loss in super().losses(policy, batch, memory):

@@ -162,6 +162,94 @@ def test_named_adapters_switch_and_keep_what_is_trained(folder: Path) -> None:
         pass
 
 
+def test_a_new_lora_is_drawn_as_peft_draws_it(folder: Path) -> None:
+    pipe = ours(folder)
+    torch.manual_seed(0)
+    adapters.add_lora(pipe, rank=16, alpha=32)
+    layers = dict(pipe.network.named_parameters())
+    drawn = torch.cat([p.detach().flatten() for name, p in layers.items() if ".lora_A." in name])
+    assert len(drawn) > 5000 and drawn.std().item() == pytest.approx(1 / 16, rel=0.05)  # not 1
+    assert not any(p.any() for name, p in layers.items() if ".lora_B." in name)
+
+
+PAIR = ("start", "default")
+
+
+@pytest.fixture(scope="module")
+def cold(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained LoRA of rank 3, which adapts a layer that the family's LoRA does not."""
+    pipe = ours(folder)
+    adapters.add_lora(pipe, rank=3, alpha=5, targets=["attn.to_q", "attn.to_v", "ff.net.2"])
+    return adapters.export_lora(shaken(pipe), tmp_path_factory.mktemp("cold")).parent
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_lora_on_a_frozen_one(folder: Path, cold: Path, dtype: str) -> None:
+    pipe = ours(folder, dtype)
+    base = predict(pipe)
+    alone = ours(folder, dtype)
+    adapters.load_lora(alone, cold)
+    start = predict(alone)
+    adapters.load_frozen(pipe, cold)
+    frozen = {name: p.clone() for name, p in pipe.network.named_parameters() if ".start." in name}
+    assert torch.equal(predict(pipe), start) and adapters.trainable_parameters(pipe) == []
+    adapters.add_lora(pipe, rank=4, alpha=8)
+    assert torch.equal(predict(pipe), start)  # the new one begins at zero
+    trained = {name for name, p in pipe.network.named_parameters() if p.requires_grad}
+    assert trained == {name for name in dict(pipe.network.named_parameters()) if ".default." in name}
+    pipe.denoiser(pipe.encode(["a"] * 2)).predict(noise(), 0.5)[0].square().mean().backward()
+    assert any(p.grad is not None for p in adapters.trainable_parameters(pipe))
+    changed = predict(shaken(pipe))
+    assert (changed - start).abs().max() > 1e-2
+    with adapters.reference(pipe):
+        assert torch.equal(predict(pipe), base)  # both are off
+    with adapters.active(pipe, "default"):
+        assert torch.equal(predict(pipe), changed)
+    with adapters.active(pipe, "start"):
+        assert torch.equal(predict(pipe), start)
+    assert torch.equal(predict(pipe), changed)
+    assert {name for name, p in pipe.network.named_parameters() if p.requires_grad} == trained
+    after = dict(pipe.network.named_parameters())
+    assert frozen and all(torch.equal(after[name], p) for name, p in frozen.items())
+
+
+def test_a_lora_on_a_frozen_one_is_exported_as_their_sum(folder: Path, cold: Path, tmp_path: Path) -> None:
+    pipe = ours(folder)
+    adapters.load_frozen(pipe, cold)
+    adapters.add_lora(pipe, rank=4, alpha=10)
+    shaken(pipe)
+    live = native_images(pipe.pipe)
+    file = adapters.export_lora(pipe, tmp_path / "sum")
+    tensors = load_file(file)
+    assert {t.shape[0 if ".lora_A." in name else 1] for name, t in tensors.items()} == {3 + 4}
+    layer = pipe.network.transformer_blocks[0].attn.to_q
+    update = sum(layer.scaling[n] * layer.lora_B[n].weight.double() @ layer.lora_A[n].weight.double() for n in PAIR)
+    a, b = (tensors[f"transformer.transformer_blocks.0.attn.to_q.lora_{half}.weight"].double() for half in "AB")
+    torch.testing.assert_close(b @ a, update, rtol=1e-6, atol=1e-7)
+    native = theirs(folder)
+    native.load_lora_weights(tmp_path / "sum")
+    torch.testing.assert_close(native_images(native), live, atol=1e-5, rtol=0)
+    for name in PAIR:  # neither alone gives the same
+        pipe.network.set_adapter(name)
+        assert (native_images(pipe.pipe) - live).abs().max() > 1e-3
+
+    again = ours(folder)  # the next stage starts from the sum
+    adapters.load_frozen(again, tmp_path / "sum")
+    adapters.add_lora(again, rank=2, alpha=2)
+    torch.testing.assert_close(native_images(again.pipe), live, atol=1e-5, rtol=0)
+
+    other = ours(folder)
+    adapters.load_frozen(other, cold)
+    adapters.add_lora(other, rank=4, alpha=10)
+    average = {name: 0.5 * t for name, t in adapters.trainable_state(shaken(other)).items()}
+    adapters.export_lora(other, tmp_path / "sum", state=average)  # of the new one alone
+    for p in adapters.trainable_parameters(other):
+        p.data *= 0.5
+    native = theirs(folder)
+    native.load_lora_weights(tmp_path / "sum")
+    torch.testing.assert_close(native_images(native), native_images(other.pipe), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_full_fine_tuning_and_its_reference(folder: Path, dtype: str) -> None:
     pipe = ours(folder, dtype)

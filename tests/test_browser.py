@@ -266,6 +266,7 @@ def test_thumbnails_by_keys(page: chromium.Browser) -> None:
 
 def test_blind_votes_are_exported(page: chromium.Browser, folder: Path, tmp_path: Path) -> None:
     page.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    page.choose("#sides", "all")
     page.click("#blind")
     assert set(page.run('[...document.querySelectorAll(".who")].map((e) => e.textContent)')) == {"A", "B", "C"}
     assert not page.run('document.getElementById("of").checkVisibility()')
@@ -298,11 +299,7 @@ def test_blind_votes_are_exported(page: chromium.Browser, folder: Path, tmp_path
     page.run("document.querySelector('[data-p=\"5\"] .shot').focus()")
     page.key("1")  # names are known now: not counted
     page.click("#export")
-    for _ in range(500):
-        if (tmp_path / "votes.json").is_file() and (tmp_path / "votes.json").read_text().endswith("}\n"):
-            break
-        time.sleep(0.02)
-    cast = votes.read([tmp_path / "votes.json"])
+    cast = exported(tmp_path)
     votes.check(cast, read(folder))
     named = [[MODELS[m] for m in row] for row in before]
     assert [(v.id, list(v.shown), v.best) for v in cast] == [
@@ -311,6 +308,63 @@ def test_blind_votes_are_exported(page: chromium.Browser, folder: Path, tmp_path
     page.key("b")
     assert page.run(places) == [[0, 1, 2]] * 6
     assert page.run('document.querySelector(".shot img").alt').endswith("(base, seed 0)")
+
+
+def exported(folder: Path) -> list[votes.Vote]:
+    """The votes that were saved into a folder, once the browser has done so."""
+    for _ in range(500):
+        if (folder / "votes.json").is_file() and (folder / "votes.json").read_text().endswith("}\n"):
+            break
+        time.sleep(0.02)
+    return votes.read([folder / "votes.json"])
+
+
+def mixed(seed: int, row: int, place: int) -> float:
+    """The page's generator, written anew."""
+    h = (seed ^ (row + 1) * 0x9E3779B1 ^ (place + 1) * 0x85EBCA77) % 2**32
+    h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+    h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+    return (h ^ h >> 16) / 2**32
+
+
+def test_blind_votes_on_two_of_a_row(page: chromium.Browser, folder: Path, tmp_path: Path) -> None:
+    """Who is shown and on which side follows from the exported seed; all else of a row is hidden."""
+    page.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    page.click("#blind")
+    seen = "[...document.querySelectorAll('.row')].map((r) => [...r.querySelectorAll('.cell')].filter((c) => c.checkVisibility()).map((c) => Number(c.dataset.m)))"
+    sides: list[list[int]] = page.run(seen)
+    assert all(len(set(row)) == 2 for row in sides)
+    page.run("document.querySelector('[data-p=\"0\"] .shot').focus()")
+    page.key("3", "2")  # there is no third
+    for p in (1, 2, 3, 4):
+        page.run(f"document.querySelector('[data-p=\"{p}\"] .cell:not([hidden]) .shot').focus()")
+        page.key("1" if p != 3 else "0")
+    page.key("Enter")  # where the focus is
+    assert text(page, "#light-title") == "A, picture 1"
+    page.key("ArrowRight")
+    assert text(page, "#light-title") == "B, picture 1"
+    page.key("ArrowUp")  # to whoever is on that side there
+    assert text(page, "#light-title") == "B, picture 1" and text(page, "#light-prompt") == "a dog"
+    page.key("ArrowRight")
+    assert text(page, "#light-title") == "A, picture 1"  # of two
+    page.key("Escape")
+    page.click("#export")
+    cast = exported(tmp_path)
+    votes.check(cast, read(folder))
+    assert [v.best for v in cast] == [
+        MODELS[sides[p][side]] if side is not None else None for p, side in enumerate((1, 0, 0, None, 0))
+    ]
+    for p, vote in enumerate(cast):
+        assert vote.seed is not None and vote.shown == tuple(MODELS[m] for m in sides[p])
+        places = [0, 1, 2]
+        for i in (2, 1):
+            j = int(mixed(vote.seed, p, i) * (i + 1))
+            places[i], places[j] = places[j], places[i]
+        assert places[:2] == sides[p]
+    page.choose("#sides", "all")
+    assert all(sorted(row) == [0, 1, 2] for row in page.run(seen))
+    page.key("b")
+    assert page.run(seen) == [[0, 1, 2]] * 6
 
 
 def test_light_and_dark(page: chromium.Browser) -> None:

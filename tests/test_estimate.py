@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from diffalign import estimate, knobs, loading, pipelines, sizes
+from diffalign import decoder_memory, estimate, knobs, loading, pipelines, sizes
 from diffalign.config import Config
 from diffalign.estimate import GIB
 from diffalign.pipelines import SD3_LORA_TARGETS
@@ -146,10 +146,18 @@ class Measured:
             kept = self.forward()  # noqa: F841  # the graph must be alive while it is measured
             return sum(storage.nbytes() for storage in storages.values())
 
-    def peak(self) -> int:
-        """Most bytes at once in a forward and backward pass, gradients included."""
+    def peak(self, graphs: int = 1, beside: int = 0) -> int:
+        """Most bytes at once in so many forward passes and one backward pass, gradients included; before the backward
+        pass one without a gradient on `beside` times the batch."""
         with self.mode, layer_norms_as_on_a_gpu(self.dtype), Live(self.existing) as live:
-            self.forward().float().square().mean().backward()
+            outputs = [self.forward().float() for _ in range(graphs)]
+            if beside:
+                own = self.inputs
+                self.inputs = {name: torch.cat([t] * beside) for name, t in own.items()}
+                with torch.no_grad():
+                    self.forward()
+                self.inputs = own
+            sum(output.square().mean() for output in outputs).backward()  # type: ignore[union-attr]
         return live.peak
 
 
@@ -243,6 +251,68 @@ def test_peak_of_a_training_pass(checkpointing: bool) -> None:
     gradients = 4 * sizes.elements(estimate.trained_tensors(c, model))
     guess = estimate.saved(c, model, 2) + estimate.work(c, model, 2) + gradients
     assert guess == pytest.approx(real.peak(), rel=0.15)
+
+
+DISTILLED = ["trainer.micro_batch=2", "model.encoders=offload"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "graphs", "beside"), [("training", 1, 2), ("fake score", 3, 0)])
+def test_peaks_of_distillation(kind: str, graphs: int, beside: int, checkpointing: bool) -> None:
+    c = config("sd35_medium_acdmd", *DISTILLED, f"trainer.gradient_checkpointing={str(checkpointing).lower()}")
+    real = Measured(SHORT, "bf16", "lora", 333, 2, 64)
+    if checkpointing:
+        real.net.enable_gradient_checkpointing()
+    parts = estimate.estimate(c, known(SHORT)).phases
+    [guess] = [n for name, n in parts.items() if name.startswith(f"{kind} on 2 images")]
+    assert guess == pytest.approx(real.peak(graphs, beside), rel=0.2)
+
+
+def test_distillation_is_counted_whole() -> None:
+    model = known(sizes.MEDIUM)
+
+    def parts(preset: str, *overrides: str) -> estimate.Estimate:
+        return estimate.estimate(config(preset, *overrides), model)
+
+    def phase(found: estimate.Estimate, name: str) -> int:
+        return next((n for key, n in found.phases.items() if key.startswith(name)), 0)
+
+    one, two = parts("sd35_medium_acdmd", *DISTILLED), parts("sd35_medium_rtdmd", *DISTILLED)
+    trained = one.held["LoRA, fp32"]
+    for found in (one, two):
+        own = ["fake score, fp32", "its first moments, fp32", "its second moments, fp32", "moving average"]
+        assert {found.held[name] for name in own} == {trained} and found.held["AdamW's moments"] == 2 * trained
+        assert not any("teacher" in name or "reference" in name for name in found.held)  # it is the model, adapters off
+    assert two.held["LoRA to start from, fp32"] == trained and "LoRA to start from, fp32" not in one.held
+    assert sum(one.held.values()) < 1.35 * one.held["transformer, bf16"]  # of which 0.07 is the VAE
+    other = parts("sd35_medium_acdmd", *DISTILLED, "algorithm.teacher=someone/something")
+    assert other.held["teacher, bf16"] == other.held["transformer, bf16"]
+    full = parts("sd35_medium_acdmd", *DISTILLED, "adapter=full")
+    assert "reference copy, bf16" in full.held and full.held["fake score, fp32"] > 100 * trained
+
+    alone = parts("sd35_medium_acdmd", *DISTILLED, "algorithm.fake.consistency.weight=0")
+    biased = parts("sd35_medium_acdmd", *DISTILLED, "algorithm.fake.consistency.paths=1")
+    assert phase(alone, "fake score") < phase(biased, "fake score") < phase(one, "fake score")
+    assert phase(alone, "fake score") > 0.3 * phase(one, "fake score")
+    weightless = parts("sd35_medium_rtdmd", *DISTILLED, "algorithm.backpropagated={weight: 0, rewards: []}")
+    graph = decoder_memory.decoder_graph(config("sd35_medium_rtdmd", *DISTILLED), model)
+    assert 5 * GIB < graph < 6 * GIB and graph / 2 < phase(two, "training") - phase(weightless, "training") < graph
+    assert phase(parts("sd35_medium_rtdmd", *DISTILLED, "algorithm.matching=0"), "fake score") == 0
+    assert phase(parts("sd35_medium_acdmd", *DISTILLED, "evaluation={every: 0}"), "decoding") == 0
+    assert phase(one, "decoding") > 0
+
+
+@pytest.mark.parametrize(("name", "batch", "side"), [("sd3", 2, 64), ("sd3", 1, 128), ("tiny", 8, 8)])
+def test_peak_of_decoding_with_a_gradient(name: str, batch: int, side: int) -> None:
+    model = known(TINY.network if name == "tiny" else sizes.MEDIUM)
+    with FakeTensorMode():
+        vae = (sd3_vae() if name == "sd3" else AutoencoderKL.from_config(dict(TINY.vae))).eval().requires_grad_(False)
+        existing = {t.untyped_storage()._cdata for t in vae.state_dict().values()}
+        latents = torch.empty(batch, model.vae["latent_channels"], side, side, requires_grad=True)
+        with Live(existing) as live:
+            vae.decode(latents).sample.sum().backward()
+    pixels = batch * (side * model.vae_factor) ** 2
+    assert 4 * pixels * decoder_memory.kept_by_decoder(model) == pytest.approx(live.peak, rel=0.05)
 
 
 def test_peak_of_decoding() -> None:

@@ -22,6 +22,7 @@ import tiny_models
 import torch
 from PIL import Image
 
+import diffalign
 from diffalign.cli import main
 from diffalign.eval import gallery, records
 from diffalign.eval.contestant import parse
@@ -30,7 +31,7 @@ from diffalign.types import UserError
 TESTS = Path(__file__).parent
 KILLS = 6
 SMALL = ["--images", "2", "--steps", "3", "--batch", "2", "--device", "cpu", "--probes", "2"]
-TEXTS = ["a red circle", 'two "green" squares \u2028 </script>', "🟦 a star"]
+TEXTS = ["a red circle", 'two "green" squares \u2028 </script>', "🟦 a star \u202eنجمة"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +89,8 @@ def test_what_is_in_the_folder(whole: Path) -> None:
     for entry in found.entries.values():
         assert list(entry.made) == found.keys == list(entry.scores["redness"]) == list(entry.looks)
         assert all(records.digest_of(entry.image(key).read_bytes()) == m.digest for key, m in entry.made.items())
-        assert {probe: len(own) for (_, probe), own in entry.probes.items()} == {"degraded": 2, "shuffled": 2}
+        assert {probe: len(own) for (_, probe), own in entry.probes.items()} == dict.fromkeys(records.PROBES, 2)
+        assert f"diffalign {diffalign.__version__}" in entry.about.versions
     base, other, again = found.entries.values()
     seeds = {key: m.seed for key, m in base.made.items()}
     assert len(set(seeds.values())) == 6 and seeds == {key: m.seed for key, m in other.made.items()}
@@ -98,7 +100,9 @@ def test_what_is_in_the_folder(whole: Path) -> None:
     pixels = np.asarray(Image.open(base.image(("0001", 1))).convert("RGB"), np.float64) / 255
     assert base.value("redness", ("0001", 1)) == pytest.approx(pixels[..., 0].mean() - pixels[..., 2].mean(), abs=1e-6)
     moved = base.probes["redness", "shuffled"]["0000", 0].score
-    assert moved == base.scores["redness"]["0000", 0].score  # this reward reads no prompt
+    assert (
+        moved == base.probes["redness", "unprompted"]["0000", 0].score == base.scores["redness"]["0000", 0].score
+    )  # this reward reads no prompt
     assert base.probes["redness", "degraded"]["0000", 0].score != moved
 
 
@@ -127,14 +131,23 @@ def test_only_what_is_missing_is_made(world: Path, whole: Path, tmp_path: Path) 
     assert {k: v for k, v in times().items() if k in before} == before and len(times()) == len(before) + 6
     assert main(["eval", *command(world, folder, "--rewards", "reward_functions.topness")]) == 0
     assert lines("base", "made.jsonl") == made
-    assert [json.loads(line)["reward"] for line in lines("base", "scores.jsonl")].count("redness") == 6 + 2 + 2
-    assert [json.loads(line)["reward"] for line in lines("other", "scores.jsonl")].count("topness") == 6 + 2 + 2
+    assert [json.loads(line)["reward"] for line in lines("base", "scores.jsonl")].count("redness") == 6 + 2 * 3
+    assert [json.loads(line)["reward"] for line in lines("other", "scores.jsonl")].count("topness") == 6 + 2 * 3
     gone = folder / "other" / "images" / "0001_00.png"
     gone.unlink()
     Image.new("RGB", (32, 32)).save(folder / "other" / "images" / "0002_00.png")  # no longer what was scored
     assert "lacks 1 of its images" in " ".join(gallery.read(folder).problems)
-    kept = times()
+    kept, before_that = times(), "Python 3.9.0, diffalign 0.0.1"
+    for name in ("base", "other"):
+        about = records.one(records.Contestant, folder / name / records.RUN).model_copy(
+            update={"versions": before_that}
+        )
+        (folder / name / records.RUN).write_text(about.model_dump_json())
     assert main(["eval", *command(world, folder)]) == 0
+    made_with = {name: entry.about.versions for name, entry in gallery.read(folder).entries.items()}
+    assert (
+        made_with["base"] == before_that and made_with["other"] == f"{before_that} and later {made_with['base-again']}"
+    )
     anew = {name for name, at in times().items() if kept.get(name) != at}
     assert anew == {"other/images/0001_00.png", "other/images/0002_00.png"}
     assert facts(folder)["other"]["made"] == facts(whole)["other"]["made"]
@@ -205,6 +218,32 @@ def test_damaged_lines_are_named(whole: Path, tmp_path: Path, damage: bytes) -> 
     (folder / "prompts.jsonl").unlink()
     with pytest.raises(UserError, match="is missing or empty"):
         gallery.read(folder)
+
+
+def test_half_a_line_does_not_count(world: Path, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "e")
+    for name in (records.MADE, records.SCORES, records.LOOKS):
+        path = folder / "other" / name
+        os.truncate(path, path.stat().st_size - 20)
+    assert main(["eval", *command(world, folder)]) == 0
+    assert facts(folder) == facts(whole)
+
+
+@pytest.mark.parametrize("size", [100, 1500, 6000])
+def test_a_full_disk_is_one_sentence(world: Path, whole: Path, tmp_path: Path, size: int) -> None:
+    """The limit on file sizes stands for the disk: what was asked, an image, or the page is larger than it."""
+    folder = tmp_path / "e"
+    code, said = kill_runs.run(kill_runs.evaluate_on_a_full_disk, command(world, folder), size)
+    assert code == 2 and "could not write" in said and said.count("\n") == 1, said
+    assert main(["eval", *command(world, folder)]) == 0
+    assert facts(folder) == facts(whole)
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_no_prompts(world: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.txt").write_text(text)
+    assert main(["eval", *command(world, tmp_path / "e", "--prompts", str(tmp_path / "none.txt"))]) == 2
+    assert "none.txt' holds no prompt" in capsys.readouterr().err and not (tmp_path / "e").exists()
 
 
 def test_killed_at_any_moment_it_goes_on(world: Path, whole: Path, tmp_path: Path) -> None:

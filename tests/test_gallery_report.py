@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from diffalign.eval import gallery, gallery_report, gallery_view, pictures, tables
+from diffalign.eval import gallery, gallery_charts, gallery_files, gallery_report, gallery_view, pictures, tables
 from diffalign.eval.records import line
 from diffalign.types import UserError
 
@@ -64,6 +64,11 @@ def rendered(folder: Path, mode: pictures.Mode = "folder") -> Page:
     return Page(gallery_report.write(folder, mode).read_text("utf-8"))
 
 
+def numbers_of(folder: Path) -> tables.Numbers:
+    found = gallery.read(folder)
+    return tables.numbers(found, gallery_files.inspect(found))
+
+
 def fixed(table: dict[str, list[list[float | None]]]) -> galleries.Values:
     """The same scores for every reward: model -> [P][K]."""
     return lambda model, reward, p, k, rng: table[model][p][k]
@@ -79,7 +84,7 @@ def test_numbers_are_those_of_paper_and_pencil(tmp_path: Path) -> None:
     """Prompt means 1, 1, 4, 2 and none against 4, 1, 7, 1, 9: differences 3, 0, 3 and -1 on four prompts."""
     one = {"pickscore": {"name": "pickscore"}}
     galleries.write(tmp_path, prompts=5, rewards=one, values=fixed(SCORES))
-    found = tables.numbers(gallery.read(tmp_path))
+    found = numbers_of(tmp_path)
     base, tuned = (found["rewards"]["pickscore"]["models"][name] for name in ("base", "tuned"))
     assert (base["mean"], base["n"], base["delta"]) == (2.0, 4, None)
     assert (tuned["mean"], tuned["n"]) == (pytest.approx(22 / 5), 5)
@@ -108,7 +113,7 @@ def test_holm_covers_all_rewards_and_contestants_but_not_the_noise_floor(tmp_pat
         return step[model] + 0.1 * p
 
     galleries.write(tmp_path, tuple(step), prompts=10, images=1, values=values)
-    found = tables.numbers(gallery.read(tmp_path))
+    found = numbers_of(tmp_path)
     for reward in found["rewards"].values():
         ways = {name: (m["delta"] or {}).get("direction") for name, m in reward["models"].items()}
         assert ways == {"base": None, "up": "up", "down": "down", "base-again": "up"}
@@ -124,7 +129,7 @@ def test_holm_covers_all_rewards_and_contestants_but_not_the_noise_floor(tmp_pat
 def test_categories_and_their_unweighted_mean(tmp_path: Path) -> None:
     """Prompts of the tags colors, counting and position in turn; five prompts make groups of 2, 2 and 1."""
     galleries.write(tmp_path, prompts=5, values=fixed({"base": [[1.0] * 2] * 5, "tuned": [[p, p] for p in range(5)]}))
-    rows = tables.numbers(gallery.read(tmp_path))["categories"]["geneval"]
+    rows = numbers_of(tmp_path)["categories"]["geneval"]
     assert [(row["tag"], row["prompts"]) for row in rows] == [
         ("colors", 2), ("counting", 2), ("position", 1), (None, 5),
     ]  # fmt: skip
@@ -140,7 +145,7 @@ def test_trade_offs_know_who_is_beaten_and_how_sure_that_is(tmp_path: Path) -> N
         return shift[model][reward == "pickscore"] + (p if reward == "geneval" else p * p)
 
     galleries.write(tmp_path, tuple(shift), prompts=4, images=1, values=values)
-    found = tables.numbers(gallery.read(tmp_path))["tradeoffs"]
+    found = numbers_of(tmp_path)["tradeoffs"]
     pair = next(p for p in found["pairs"] if (p["x"], p["y"]) == ("geneval", "pickscore"))
     points = {p["name"]: p for p in pair["points"]}
     assert {name: p["front"] for name, p in points.items()} == {"base": False, "good": True, "odd": True}
@@ -153,7 +158,7 @@ def test_checkpoints_of_a_run_are_joined_in_the_order_of_training(tmp_path: Path
     specs = {"base": "tiny-sd3", "end": "runs/a", "b": "runs/a/checkpoints/0020", "a": "runs/a/checkpoints/0010"}
     about = {name: {"kind": "run", "spec": f"{name}={spec}"} for name, spec in specs.items() if name != "base"}
     galleries.write(tmp_path, (*specs, "other"), prompts=2, images=1, about=about)
-    found = tables.numbers(gallery.read(tmp_path))
+    found = numbers_of(tmp_path)
     assert found["tradeoffs"]["lines"] == [["a", "b", "end"]]
     assert '<path class="training"' in gallery_report.write(tmp_path).read_text("utf-8")
 
@@ -174,7 +179,7 @@ def test_variety_of_known_features(tmp_path: Path) -> None:
     galleries.write(tmp_path, prompts=3, images=2)
     features(tmp_path, "base", lambda p, k: [1.0, 0.0] if k else [0.0, 1.0], 3, 2)
     features(tmp_path, "tuned", lambda p, k: [1.0, 1.0], 3, 2)
-    found = tables.numbers(gallery.read(tmp_path))["diversity"]["models"]
+    found = numbers_of(tmp_path)["diversity"]["models"]
     assert found["base"]["vendi"]["per_prompt"] == pytest.approx([2.0] * 3) and found["base"]["distance"]["mean"] == 1.0
     assert found["tuned"]["vendi"]["mean"] == pytest.approx(1.0)
     assert found["tuned"]["vendi"]["change"]["mean"] == pytest.approx(-0.5)
@@ -192,7 +197,7 @@ def test_looks_drift_in_deviations_of_the_baseline_and_cost_is_per_image(tmp_pat
         lines = [json.loads(text) for text in path.read_text().splitlines()]
         spent = {"nfe": 4, "seconds": 0.5} if model == "base" else {"nfe": 12, "seconds": 2.0, "reward_calls": 8}
         path.write_text("".join(line({**old, **spent}) for old in lines))
-    found = tables.numbers(gallery.read(tmp_path))
+    found = numbers_of(tmp_path)
     deviation = np.std([1.0, 3.0, 1.0, 3.0], ddof=1)
     drift = found["looks"]["contrast"]["models"]["tuned"]["drift"]
     assert drift["mean"] == drift["low"] == drift["high"] == pytest.approx(3 / deviation)
@@ -306,7 +311,7 @@ def test_rendering_again_gives_the_same_bytes_and_no_stale_pictures(tmp_path: Pa
         image.unlink()
     assert files() == first
     numbers = json.loads((tmp_path / "report.json").read_text())
-    assert numbers == json.loads(json.dumps(tables.numbers(gallery.read(tmp_path)), allow_nan=False))
+    assert numbers == json.loads(json.dumps(numbers_of(tmp_path), allow_nan=False))
 
 
 def test_a_full_disk_leaves_the_old_report_intact(tmp_path: Path) -> None:
@@ -372,18 +377,127 @@ def test_other_seeds_and_sizes_are_flagged(tmp_path: Path) -> None:
     assert "tuned: 1 of 24 by 16 pixels instead of 32 by 32" in text
 
 
-def test_damaged_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_file_of_lines_is_refused_in_a_sentence(tmp_path: Path) -> None:
     galleries.write(tmp_path, prompts=2)
-    image = tmp_path / "tuned" / "images" / "0001_00.png"
-    whole = image.read_bytes()
-    image.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"0001_00\.png is not a readable picture; delete it and run"):
-        gallery_report.write(tmp_path)
-    image.write_bytes(whole)
     path = tmp_path / "tuned" / "scores.jsonl"
     path.write_text("{half\n" + path.read_text())
     with pytest.raises(UserError, match="line 1 of .* is damaged"):
         gallery_report.write(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["half", "a bit", "empty", "no picture"])
+def test_a_damaged_picture_has_a_crossed_cell_and_is_told_of(tmp_path: Path, damage: str) -> None:
+    galleries.write(tmp_path, prompts=2, images=1)
+    gallery_report.write(tmp_path)
+    image = tmp_path / "tuned" / "images" / "0001_00.png"
+    whole = image.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    image.write_bytes({"half": whole[:middle], "a bit": flipped, "empty": b"", "no picture": b"words"}[damage])
+    page = rendered(tmp_path)
+    crossed = [e for _, e in page.elements if "gone" in (e.get("class") or "").split()]
+    assert crossed and all(e["aria-label"] == "no picture: damaged" for e in crossed)
+    assert "tuned: 1 of 2 images cannot be read, such as 0001_00.png" in page.text
+    assert len(page.all("img")) and "tuned: 1 of 2" in (tmp_path / "report.md").read_text()
+    image.write_bytes(whole)
+    assert "cannot be read" not in rendered(tmp_path).text
+
+
+def test_a_picture_put_in_the_place_of_another_is_shown_and_told_of(tmp_path: Path) -> None:
+    galleries.write(tmp_path, prompts=2, images=1)
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "tuned" / "images" / "0000_00.png")
+    page = rendered(tmp_path)
+    assert "tuned: 1 of 2 images are not those that were scored, such as 0000_00.png" in page.text
+    assert not [e for _, e in page.elements if "gone" in (e.get("class") or "").split()]
+
+
+TREE = {"step": [0, 0, 4, 4, 8, 8], "parent": [None, None, 0, 1, 2, 2], "reward": [None, None, 0.5, 0.25, 0.75, 1.5]}
+
+
+def steered(folder: Path, trees: dict[tuple[int, int], dict[str, Any]], **other: Any) -> None:
+    """A contestant that follows pickscore, and the lineages of its images (prompt, k)."""
+    about = {"kind": "steered", "steering": {"name": "fk", "particles": 2}, "method": "fk", **other}
+    gains = {0: 0.0, 1: 3.0, 2: -2.0, 3: 1.0, 4: 2.0}
+
+    def values(model: str, reward: str, p: int, k: int, rng: np.random.Generator) -> float:
+        return gains[p] if model == "fk" and reward == "pickscore" else 0.0
+
+    galleries.write(folder, ("base", "fk"), prompts=5, images=1, values=values, about={"fk": about}, texts=HOSTILE)
+    lines = [{"id": f"{p:04d}", "k": k, **tree} for (p, k), tree in trees.items()]
+    (folder / "fk" / "lineage.jsonl").write_text("".join(map(line, lines)), "utf-8")
+
+
+def test_trees_of_steering_are_those_of_the_largest_gains_and_losses(tmp_path: Path) -> None:
+    """Of pickscore, which steered it: gains on the prompts 1, 4 and 3, a loss on 2; prompt 0 is the first."""
+    whole = {**TREE, "leaves": [5]}
+    steered(tmp_path, {(p, 0): whole for p in range(5)}, steered_by={"pickscore": {"name": "pickscore"}})
+    page = rendered(tmp_path)
+    trees = [svg for svg in page.all("svg") if svg.get("class") == "tree"]
+    assert len(trees) == 4 and all(svg["role"] == "img" for svg in trees)
+    label = str(trees[0]["aria-label"])
+    assert label.startswith("2 starts, 6 states at 3 steps; 1 of the 2 starts reaches the last step.")
+    assert label.endswith("step 0: no reward, step 4: 0.5, step 8: 1.5.")
+    text = " ".join(page.text.split())
+    for told in ("0001 , picture 1; rose most", "0004 , picture 1; rose most", "0002 , picture 1; fell most"):
+        assert told.replace(" ,", ",") in text
+    assert "0000, picture 1; the first of the set" in text and "fk 4 trees of 5, chosen by pickscore" in text
+    assert "0003, picture 1; " not in text.partition("How steering chose")[2]
+    assert (tmp_path / "index.html").read_text("utf-8").count('<path class="branch kept"') == 4
+    assert any(a.get("href") == "#lineages" for a in page.all("a"))
+
+
+def test_lines_that_are_no_trees_are_left_out(tmp_path: Path) -> None:
+    odd: dict[tuple[int, int], dict[str, Any]] = {
+        (0, 0): {**TREE, "leaves": []},
+        (1, 0): {**TREE, "leaves": [6]},
+        (2, 0): {**TREE, "parent": [5, None, 0, 1, 2, 2], "leaves": [5]},
+        (4, 0): {"leaves": [0]},
+    }
+    steered(tmp_path, odd)
+    page = rendered(tmp_path)
+    assert "How steering chose" not in page.text and not [s for s in page.all("svg") if s.get("class") == "tree"]
+    own = {**odd, (0, 0): {**TREE, "leaves": [4]}}
+    steered(tmp_path, own)
+    assert "1 tree of 4" in " ".join(rendered(tmp_path).text.split())
+
+
+def test_how_the_images_were_made_is_told_as_it_is_recorded(tmp_path: Path) -> None:
+    versions = "Python 3.11.7, diffalign 0.1.0, torch 2.13.0, peft 0.21.2"
+    about = {
+        "base": {"dtype": "bf16", "steps": 12, "guidance": 4.5, "kernel": "dpm2", "versions": versions},
+        "fk": {"kind": "steered", "steering": {"name": "fk", "particles": 8}, "method": "fk"},
+    }
+    galleries.write(tmp_path, ("base", "fk"), prompts=2, images=1, about=about)
+    found = numbers_of(tmp_path)
+    base, fk = gallery_view.view(gallery.read(tmp_path), found, [])["contestants"]
+    assert (base["way"], base["forwards"]) == ("dpm2, 12 steps, guidance 4.5, bf16", "4")
+    assert base["software"] == "diffalign 0.1.0, torch 2.13.0"
+    assert (fk["how"], fk["options"], fk["software"]) == ("fk", "particles 8", "versions not recorded")
+    assert fk["way"] == "sampler chosen by fk, 4 steps, no guidance, precision not recorded"
+    later = {**found["contestants"][0], "versions": f"{versions} and later diffalign 0.2.0, torch 2.14.0"}
+    assert gallery_view._about(later, 4.0)["software"] == (
+        "diffalign 0.1.0, torch 2.13.0 and later diffalign 0.2.0, torch 2.14.0"
+    )
+    row = {**found["contestants"][0], "guidance": None}  # of a pipeline that takes none from outside
+    assert gallery_view._about(row, 4.0)["way"] == "dpm2, 12 steps, the pipeline's own guidance, bf16"
+
+
+def test_one_of_anything_is_not_many(tmp_path: Path) -> None:
+    import re
+
+    galleries.write(tmp_path, prompts=1, images=1)
+    text = " ".join(rendered(tmp_path).text.split())
+    assert not re.findall(r"\b1 (?:prompts|images|pictures|epochs|trees|votes)\b", text)
+
+
+def test_rows_of_charts_are_where_their_values_are(tmp_path: Path) -> None:
+    """Both kinds of charts share a frame: equal distances of values are equal distances on the page."""
+    parts, px, ys = gallery_charts.rows(["a", "<b>", "c"], [-1.0, 2.0], 3, 0.0, 340, "a & b")
+    assert ys == sorted(ys) and len(set(np.diff(ys))) == 1
+    assert px(1.0) - px(0.0) == pytest.approx(px(2.0) - px(1.0)) and px(-1.0) < px(0.0)
+    text = "".join(parts)
+    assert "&lt;b&gt;" in text and 'aria-label="a &amp; b"' in text
+    assert f'class="reference" x1="{px(0.0):.1f}"' in text
 
 
 def test_one_contestant_one_image_and_no_reward_make_a_page(tmp_path: Path) -> None:
@@ -431,8 +545,8 @@ def test_pictures_hold_pixels_alone_and_are_made_once(tmp_path: Path) -> None:
     note.add_text("secret", "a <script> of somebody")
     Image.fromarray(pixels).save(tmp_path / "a.png", pnginfo=note)
     made = pictures.Pictures(tmp_path)
-    first, again, array = (made.uri(s, 64) for s in (tmp_path / "a.png", tmp_path / "a.png", pixels))
-    smaller = made.uri(tmp_path / "a.png", 15)
+    first, again = (made.file(tmp_path / "a.png", "digest", 64) for _ in range(2))
+    array, smaller = made.pixels(pixels, 64), made.file(tmp_path / "a.png", "digest", 15)
     made.finish()
     assert first == again and b"secret" not in (tmp_path / first).read_bytes()
     for address in (first, array):
@@ -446,7 +560,7 @@ def test_the_sorted_csv_is_complete(folder: Path) -> None:
     import csv
     import io
 
-    found = tables.numbers(gallery.read(folder))
+    found = numbers_of(folder)
     from diffalign.eval.gallery_tables import comma_separated
 
     rows = list(csv.DictReader(io.StringIO(comma_separated(found))))
@@ -464,9 +578,9 @@ def test_the_sorted_csv_is_complete(folder: Path) -> None:
 def test_pictures_that_an_earlier_page_had_are_not_drawn_again(tmp_path: Path) -> None:
     drawn: list[int] = []
 
-    def draw() -> np.ndarray:
+    def draw() -> Image.Image:
         drawn.append(1)
-        return np.full((8, 8, 3), 77, np.uint8)
+        return Image.new("RGB", (8, 8), (77, 77, 77))
 
     for _ in range(2):
         made = pictures.Pictures(tmp_path)

@@ -65,7 +65,7 @@ def test_wheel_holds_the_tracked_files(built: Path) -> None:
         for to, file in wanted.items():
             assert archive.read(to) == (ROOT / file).read_bytes(), file
         (entry,) = [n for n in archive.namelist() if n.endswith("/entry_points.txt")]
-        assert "diffalign = diffalign.cli:main" in archive.read(entry).decode()
+        assert "diffalign = diffalign.__main__:run" in archive.read(entry).decode()
         assert any(n.endswith("/licenses/LICENSE") for n in archive.namelist())
 
 

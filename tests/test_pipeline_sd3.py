@@ -379,3 +379,21 @@ def test_large_images_are_decoded_one_at_a_time(folder: Path, monkeypatch: pytes
         monkeypatch.setattr("diffalign.pipelines.sd3.DECODED_PIXELS", 1)
         pipe.decode(noise(pipe, 2))
     assert sizes == [3, 2, 1, 1, 1]
+
+
+def test_decoding_again_in_the_backward_pass_gives_the_same_gradient(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = ours(folder)
+    sizes: list[int] = []
+    pipe.pipe.vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    found = []
+    for pixels in (1 << 18, 2 * 64 * 64):
+        monkeypatch.setattr("diffalign.pipelines.sd3.GRADED_PIXELS", pixels)
+        latents = noise(pipe, 3).requires_grad_()
+        images = pipe.decode(latents)
+        images.square().mean().backward()
+        found.append((images.detach(), latents.grad))
+    assert sizes == [3, 2, 1, 1, 2] or sizes == [3, 2, 1, 2, 1]
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    assert latents.grad is not None and latents.grad.abs().max() > 1e-6

@@ -95,3 +95,23 @@ def test_the_summary_of_a_method_without_a_trajectory() -> None:
         "10 steps of cps with eta 0.7, guidance 1\n" in noisy and "4 noise levels in each of 2 passes, 2 upd" in noisy
     )
     assert ", balanced by marble\n" in summary.plan(config("shapes_marble"))
+
+
+def test_the_summary_of_distillation() -> None:
+    one = summary.plan(loading.load("sd35_medium_acdmd"))
+    for fact in (
+        "acdmd, without rewards\n",
+        "4 steps, 4 of them cps with eta 0.9, up to one that each epoch draws, 1 of those trained (numbers ",
+        " + 7 to train + 7 of the teacher + 203 of the fake score, the teacher's doubled by guidance\n",
+        "every 1100 epochs: 60 x 1 images, 4 steps\n",
+    ):
+        assert fact in one, fact
+    two = summary.plan(loading.load("sd35_medium_rtdmd"))
+    for fact in (
+        "lora adapter on top of runs/sd35_medium_acdmd/lora\n",
+        "3 of them cps with eta 0.9, 2 of those and 1 other trained (numbers ",
+        "4608 to sample + 3456 to train + 1152 of the teacher + 4608 of the fake score, the teacher's doubled",
+    ):
+        assert fact in two, fact
+    klein = summary.summary(loading.load("flux2_klein_acdmd"))
+    assert ", teacher black-forest-labs/FLUX.2-klein-base-4B\n" in klein and "memory:     not estimated: " in klein

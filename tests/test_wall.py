@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffalign.eval import overlays, selections, votes, wall
 from diffalign.eval.gallery import Gallery, read
+from diffalign.eval.gallery_files import inspect
 from diffalign.eval.pictures import Pictures
 from diffalign.eval.records import line
 
@@ -56,7 +57,7 @@ def built(folder: Path, originals: bool = False) -> str:
     found = read(folder)
     pictures = Pictures(folder)
     try:
-        return str(wall.build(found, pictures, originals))
+        return str(wall.build(found, inspect(found), pictures, originals))
     finally:
         pictures.finish()
 
@@ -137,7 +138,8 @@ def test_missing_pictures_have_their_place(tmp_path: Path) -> None:
     made = folder / "base" / "made.jsonl"
     made.write_text("".join(made.read_text().splitlines(keepends=True)[:-2]))  # prompt 2 is not made yet
     page = built(folder)
-    assert page.count("no picture") >= 3 and Parts(page).open == []
+    why = [str(cell["aria-label"]) for cell in Parts(page).of("gone")]
+    assert {"no picture: missing", "no picture: not made yet"} == set(why) and Parts(page).open == []
     assert len(Parts(page).of("shot")) == 12 - 3
     assert sorted(data(page)["differences"]) == ["1.0.0", "1.0.1", "1.1.1"]
 
@@ -225,14 +227,14 @@ def test_difference_is_the_mean_over_channels(tmp_path: Path) -> None:
     b[0, 0] = (0, 48, 0)  # a mean of 16, a quarter of the brightest
     b[3, 5] = 255
     pictures = Image.fromarray(a), Image.fromarray(b)
-    drawn = overlays.difference(*pictures)
+    drawn = np.asarray(overlays.difference(*pictures))
     assert drawn.shape == (4, 6, 3) and drawn.dtype == np.uint8
-    np.testing.assert_array_equal(drawn, overlays.difference(*reversed(pictures)))
+    np.testing.assert_array_equal(drawn, np.asarray(overlays.difference(*reversed(pictures))))
     np.testing.assert_array_equal(drawn[1, 1], overlays.STOPS[0])
     np.testing.assert_array_equal(drawn[3, 5], overlays.STOPS[-1])
     np.testing.assert_allclose(drawn[0, 0], overlays.colours(np.array([[0.25]]))[0, 0], atol=3)
     tall = Image.new("RGB", (200, 400))
-    assert overlays.difference(tall, tall).shape == (192, 96, 3)
+    assert overlays.difference(tall, tall).size == (96, 192)
     light = overlays.colours(np.linspace(0, 1, 50)[None])[0] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(light) > 0).all()
 

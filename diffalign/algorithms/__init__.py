@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -38,6 +38,11 @@ class Loss:
         return policy if self.penalty is None else policy + self.penalty
 
 
+def unrewarded(advantages: Tensor) -> Tensor:
+    """The policy loss of what no advantage scales, [B]."""
+    return advantages.new_zeros(len(advantages))
+
+
 class Policy(Protocol):
     """What a method may ask of the model in training."""
 
@@ -51,9 +56,36 @@ class Policy(Protocol):
         """The trained model with the guidance it was sampled with, or without any."""
         ...
 
+    def guided(self, cond: Conditioning, guidance: float) -> Denoiser:
+        """The model with another guidance than it was sampled with, such as a teacher's."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside, `denoiser` is the model as it was before training."""
         ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of latents [B, ...], with their gradient."""
+        ...
+
+    def score(self, reward: str, images: Tensor, batch: Rollout, prompts: Sequence[str] | None = None) -> Tensor:
+        """[B] scores of one of the run's differentiable rewards, with their gradient; NaN where it does not apply.
+
+        `prompts`: other texts than the batch's own.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Study:
+    """An epoch's samples as a method's own networks see them: this process's share of `total` over all processes."""
+
+    epoch: int  # from 0
+    policy: Policy
+    rollout: Rollout
+    total: int
+    batch: int  # samples to take at once; it must change no result
+    sum: Callable[[Tensor], Tensor]  # over processes; every process must call it equally often
 
 
 class Memory:
@@ -65,6 +97,13 @@ class Memory:
     def acting(self) -> AbstractContextManager[None]:
         """Inside, the model is the policy that samples; by default the trained one."""
         return nullcontext()
+
+    def learn(self, study: Study) -> tuple[bool, dict[str, float]]:
+        """Train what the method has beside the model, before the model's own steps of the epoch.
+
+        (whether the model is to be trained in this epoch too, what to log), alike on every process.
+        """
+        return True, {}
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
@@ -87,6 +126,10 @@ class Algorithm(Method):
     """Trains on stored transitions, so it needs stochastic steps."""
     estimators: ClassVar[tuple[str, ...]] = ()
     """The advantage estimators that suit; none named, all do."""
+    compares: ClassVar[bool] = True
+    """Trains on advantages, for which an epoch has several images of a prompt."""
+    rewarded: ClassVar[bool] = True
+    """Trains on rewards; where it is False, `rewards` may be empty and no image of a rollout is decoded."""
 
     @property
     def needs_reference(self) -> bool:
@@ -115,6 +158,18 @@ class Algorithm(Method):
         """Indices of the steps that are sampled with noise in this epoch; the same on every process."""
         return []
 
+    def until(self, steps: int, seed: int, epoch: int) -> int | None:
+        """Number of the steps that an epoch's samples take, where it is not all of them."""
+        return None
+
+    def tied(self, steps: int, seed: int, epoch: int) -> list[int]:
+        """Indices of the steps whose noise all images of a prompt share."""
+        return []
+
+    def ascends(self) -> tuple[str, ...]:
+        """Names of the rewards whose gradient with respect to the image is used; they must be differentiable."""
+        return ()
+
     def kept(self, steps: int, seed: int, epoch: int) -> list[int]:
         """Indices of the steps whose transitions are stored, because they are trained."""
         return self.stochastic(steps, seed, epoch)
@@ -136,6 +191,11 @@ class Algorithm(Method):
     def copies(self) -> tuple[str, ...]:
         """Names of the copies of the trained weights that the method keeps beside them, for the estimate of memory."""
         return ()
+
+    def graphs(self, steps: int) -> dict[str, int]:
+        """For the estimate of memory: of each kind of training the forward passes of an image whose activations are
+        kept at once, until the backward pass."""
+        return {"training": 1}
 
     def trains_on(self, rollout: Rollout, memory: Memory, update: int) -> Tensor:
         """[B] bool: samples whose loss has a gradient in an epoch's update number 0, 1, ...; the others are not run

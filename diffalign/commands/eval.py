@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign import image_lists, prompt_sets, reward_entries
 from diffalign.commands import _common
 from diffalign.config_help import validated
 from diffalign.eval import contestant
+from diffalign.eval.contestant import Wanted
 from diffalign.eval.features import Embedder
 from diffalign.eval.records import Asked, asked_before
 from diffalign.sections import Sampling
@@ -51,7 +53,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-noise-floor", action="store_true", help="leave out the baseline with other seeds")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, or one to go on in or add to")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default 20)")
-    parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="guidance scale (default 1: none)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="guidance scale (default: none, or what a pipeline of another family has)",
+    )
     parser.add_argument("--height", type=int, metavar="PX", help="default: what the baseline was trained at")
     parser.add_argument("--width", type=int, metavar="PX")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -86,16 +93,22 @@ def run(args: argparse.Namespace) -> None:
     entries, notes = prompt_sets.load(args.prompts)
     entries = [{**entry, "id": f"{n:04d}"} for n, entry in enumerate(entries[: args.first])]
     given = {k: v for k in ("height", "width") if (v := getattr(args, k)) is not None}
-    settings = {"steps": args.steps, "guidance": args.guidance, "kernel": "ode", "eta": 0.0, **given}
+    settings = {
+        "steps": args.steps,
+        "guidance": 1.0 if args.guidance is None else args.guidance,
+        "kernel": "ode",
+        "eta": 0.0,
+        **given,
+    }
     sampling = validated(Sampling, settings, "eval")
     _common.quiet()
-    from diffalign.eval import gallery_report, making, session
+    from diffalign import devices
+    from diffalign.eval import gallery_report, session
 
+    devices.choose(args.device)
+    wanted, sides = _settled(args, wanted, baseline, known)
+    sampling = sampling.model_copy(update=dict(zip(("height", "width"), sides, strict=True)))
     first = next((w for w in wanted if w.name == baseline), None)
-    if len(given) < 2:
-        side = making.side(making.load(first, "cpu", args.dtype)) if first is not None and known is None else None
-        own = {k: side if known is None else getattr(known, k) for k in ("height", "width")}
-        sampling = sampling.model_copy(update={**own, **given})
     if not args.no_noise_floor and first is not None:
         wanted.append(session.floor(first))
     asked = Asked(
@@ -128,5 +141,21 @@ def run(args: argparse.Namespace) -> None:
     if session.run(job, args.device):
         page = gallery_report.write(folder)
         print((folder / gallery_report.TABLE).read_text("utf-8"))
-        count = f"{len(entries)} prompt{'s' * (len(entries) > 1)} x {len(job.asked.contestants)} models"
+        models = len(job.asked.contestants)
+        count = f"{len(entries)} prompt{'s' * (len(entries) > 1)} x {models} model{'s' * (models > 1)}"
         print(f"{count} in {folder}; see {page}")
+
+
+def _settled(
+    args: argparse.Namespace, wanted: Sequence[Wanted], baseline: str, known: Asked | None
+) -> tuple[list[Wanted], tuple[int, int]]:
+    """The models with their guidance, and (height, width) of the images, before anything is written: raises UserError
+    for a model that cannot be had, does not make such images, or has a LoRA that does not fit."""
+    from diffalign.eval import making
+
+    outlines = {w.name: making.outlined(w, args.dtype) for w in wanted}
+    height, width = args.height, args.width
+    if height is None or width is None:
+        sides = (known.height, known.width) if known is not None else (making.side(outlines[baseline]),) * 2
+        height, width = height or sides[0], width or sides[1]
+    return [making.settled(outlines[w.name], w, args.guidance, height, width) for w in wanted], (height, width)

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diffalign import prompts
+from diffalign import few_steps, prompts
 from diffalign.commands import _common
 from diffalign.config_help import validated
+from diffalign.pipelines import few_steps as remembered
 from diffalign.sections import Sampling
 from diffalign.types import UserError
 
@@ -24,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", help="such as cpu or cuda:1")
     parser.add_argument("--images", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default 20)")
+    few_steps.arguments(parser)
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="guidance scale (default 1: none)")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT")
     parser.add_argument("--height", type=int, metavar="PX", help="default: what the model was trained at")
@@ -37,9 +38,10 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt and not all(p.strip() for p in args.prompt):
         raise UserError("a prompt is empty; write what the image should show")
     wanted = prompts.load(args.prompts) if args.prompts is not None else [{"prompt": p} for p in args.prompt]
-    settings = {k: getattr(args, k) for k in ("steps", "guidance", "negative_prompt", "height", "width")}
+    settings = {k: getattr(args, k) for k in ("guidance", "negative_prompt", "height", "width")}
     given = {k: v for k, v in settings.items() if v is not None}
-    sampling = validated(Sampling, {**given, "kernel": "ode", "eta": 0.0}, "generate")
+    steps = few_steps.asked(args, remembered(args.model, args.lora), "generate")
+    sampling = validated(Sampling, {**given, **steps}, "generate")
     for name in ("images", "micro_batch"):
         if getattr(args, name) < 1:
             raise UserError(f"generate: {name} must be at least 1, got {getattr(args, name)}")

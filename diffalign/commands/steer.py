@@ -7,9 +7,13 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign import prompts, reward_entries
+from diffalign import few_steps, prompts, reward_entries
 from diffalign.commands import _common
+from diffalign.config_help import validated
+from diffalign.few_steps import FewSteps
 from diffalign.listing import summaries
+from diffalign.pipelines import few_steps as remembered
+from diffalign.sections import Sampling
 from diffalign.steering import Steering, parse_kernel, parse_options, resolve
 from diffalign.types import UserError
 
@@ -53,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="keep the prompts that are done in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what a prompt would cost, and stop")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default 20)")
+    few_steps.arguments(parser)
     parser.add_argument(
         "--guidance",
         type=float,
@@ -83,10 +87,12 @@ def run(args: argparse.Namespace) -> None:
     method, compare = chosen_method(args), chosen_comparison(args)
     rewards = reward_entries.parse_fixed(args.reward) if args.reward else []
     judges = reward_entries.parse_fixed(args.judge) if args.judge else []
-    spent = rehearsed(args, method)  # finds what does not fit before anything is loaded or written
+    lora = None if args.lora is None else lora_folder(args.lora)
+    sampling, kernel = chosen_steps(args, lora)
+    spent = rehearsed(args, method, sampling, kernel)  # finds what does not fit before anything is loaded or written
     if args.dry_run:
         _common.quiet()
-        dry_run(args, method, spent)
+        dry_run(args, method, sampling.steps, spent)
         return
     if args.resume and args.out is None:
         raise UserError("steer: --resume needs --out, the folder to go on in")
@@ -101,9 +107,11 @@ def run(args: argparse.Namespace) -> None:
         "width": args.width,
     }
     call = {k: v for k, v in given.items() if v is not None}
-    lora = None if args.lora is None else lora_folder(args.lora)
     settings = {
-        **{k: getattr(args, k) for k in ("model", "revision", "dtype", "kernel", "window", "steps", "seed")},
+        **{k: getattr(args, k) for k in ("model", "revision", "dtype", "window", "seed")},
+        "kernel": kernel,
+        "steps": sampling.steps,
+        "timesteps": None if sampling.timesteps is None else list(sampling.timesteps),
         "lora": lora,
         "method": method.model_dump(mode="json"),
         "rewards": [r.model_dump(mode="json") for r in rewards],
@@ -125,9 +133,11 @@ def run(args: argparse.Namespace) -> None:
         pipeline.load_lora(lora)
     elif lora is not None:
         adapters.load_lora(pipeline, lora)
-    steer = Steer(pipeline, rewards, method, args.kernel, chosen_window(args.window), args.micro_batch)
+    pipeline.few_steps = FewSteps.of(sampling)
+    steer = Steer(pipeline, rewards, method, kernel, chosen_window(args.window), args.micro_batch)
     scorers = build(judges, choose(args.device))
-    job = steering_run.Job(folder, wanted, args.steps, args.seed, compare, scorers, call, args.micro_batch)
+    steps = sampling.steps if sampling.timesteps is None else None
+    job = steering_run.Job(folder, wanted, steps, args.seed, compare, scorers, call, args.micro_batch)
     steering_run.begin(job, settings, done)
     steering_run.run(job, steer, done)
 
@@ -213,11 +223,23 @@ def lora_folder(path: str) -> str:
     return str(inner) if inner.is_dir() else path
 
 
-def dry_run(args: argparse.Namespace, method: Steering, spent: Spent) -> None:
+def chosen_steps(args: argparse.Namespace, lora: str | None) -> tuple[Sampling, str | None]:
+    """The grid with its plain noise, and the kernel if anything but the method decides it: given, or by the model."""
+    if args.kernel is not None and args.eta is not None:
+        raise UserError("steer: --kernel has an eta of its own, as in cps:0.9; leave --eta out")
+    known = None if args.model is None else remembered(args.model, lora)
+    sampling = validated(Sampling, few_steps.asked(args, known, "steer"), "steer")
+    few = FewSteps.of(sampling)
+    if few is not None:
+        return sampling, args.kernel or few.kernel
+    return sampling, args.kernel if args.eta is None else few_steps.kernel(args.eta)
+
+
+def dry_run(args: argparse.Namespace, method: Steering, steps: int, spent: Spent) -> None:
     """What a prompt would cost, without loading anything."""
     guided = args.guidance is not None and args.guidance != 1
-    plain = args.steps * (2 if guided else 1)
-    print(f"{method.name}, {args.steps} steps, {'guided' if guided else 'without guidance'}: for each prompt")
+    plain = steps * (2 if guided else 1)
+    print(f"{method.name}, {steps} steps, {'guided' if guided else 'without guidance'}: for each prompt")
     print(f"  network forwards  {spent.nfe} ({spent.nfe / plain:.3g} plain images)")
     if spent.gradients:
         print(f"  differentiated    {spent.gradients}")
@@ -232,12 +254,12 @@ def dry_run(args: argparse.Namespace, method: Steering, spent: Spent) -> None:
     print_memory(args)
 
 
-def rehearsed(args: argparse.Namespace, method: Steering) -> Spent:
+def rehearsed(args: argparse.Namespace, method: Steering, sampling: Sampling, kernel: str | None) -> Spent:
     from diffalign.steering._rehearsal import rehearse
 
-    kernel = None if args.kernel is None else parse_kernel(args.kernel)
     guided = args.guidance is not None and args.guidance != 1
-    return rehearse(method, args.steps, 2 if guided else 1, kernel, chosen_window(args.window))
+    parsed = None if kernel is None else parse_kernel(kernel)
+    return rehearse(method, sampling.grid, 2 if guided else 1, parsed, chosen_window(args.window))
 
 
 def print_memory(args: argparse.Namespace) -> None:

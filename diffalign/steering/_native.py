@@ -19,11 +19,12 @@ ARGUMENTS = ("height", "width", "guidance_scale", "negative_prompt")
 class Native:
     """An :class:`diffalign.steering.Oracle` over `encode`, `denoiser` and `decode` of a pipeline.
 
+    grid: number of steps, or the timesteps of a few-step generator.
     arguments: of `ARGUMENTS`, named as in diffusers; height and width by default what the model was trained at, and
     guidance_scale 1, which is none and costs one forward a step instead of two.
     """
 
-    def __init__(self, pipeline: Any, prompt: str, steps: int, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, pipeline: Any, prompt: str, grid: int | Sequence[float], arguments: Mapping[str, Any]) -> None:
         unknown = [a for a in arguments if a not in ARGUMENTS]
         if unknown:
             raise UserError(f"there is no argument '{unknown[0]}'; {nearest(unknown[0], list(ARGUMENTS))}")
@@ -33,7 +34,7 @@ class Native:
         height, width = (int(arguments.get(name, side)) for name in ("height", "width"))
         self.pipeline = pipeline
         self.schedule: Schedule = pipeline.schedule
-        self.sigmas: Tensor = pipeline.sigmas(steps, height, width)
+        self.sigmas: Tensor = pipeline.sigmas(grid, height, width)
         self.guidance = float(arguments.get("guidance_scale", 1.0))
         self.cost = 1 if self.guidance == 1 else 2
         if self.cost == 1 and arguments.get("negative_prompt"):

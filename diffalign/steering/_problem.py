@@ -57,6 +57,7 @@ class Problem:
     Attributes:
         kernel, eta: the transition kernel of :mod:`diffalign.samplers`.
         stochastic: steps that use it; the others take the ODE step.
+        few_steps: the model was distilled for these steps, and for this noise on the way.
         particles: generators of the particles, where the caller brings his own.
         move: another transition than the kernel's, such as an exact chain.
         preview: scores predictions of unfinished states in place of `judge`.
@@ -69,6 +70,7 @@ class Problem:
     kernel: str = "ode"
     eta: float = 0.0
     stochastic: Collection[int] = ()
+    few_steps: bool = False
     seed: int = 0
     prompt: int = 0
     micro_batch: int = 8

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.schedules import RectifiedFlow, Schedule, flow_match_sigmas
+from diffalign.schedules import RectifiedFlow, Schedule, few_step_sigmas, flow_match_sigmas
 from diffalign.steering import Steering
 from diffalign.steering._problem import Problem, Spent
 from diffalign.steering._tuning import default_kernel, noisy_steps
@@ -18,9 +18,9 @@ STAND_INS = {"lam": 1.0, "trees": None, "budget_seconds": None}  # what a rehear
 class Blank:
     """A model of one number a sample that predicts the state itself."""
 
-    def __init__(self, steps: int, cost: int, shift: float = 3.0) -> None:
+    def __init__(self, grid: int | Sequence[float], cost: int, shift: float = 3.0) -> None:
         self.schedule: Schedule = RectifiedFlow()
-        self.sigmas = flow_match_sigmas(steps, shift)
+        self.sigmas = flow_match_sigmas(grid, shift) if isinstance(grid, int) else few_step_sigmas(grid, shift)
         self.cost = cost
 
     def start(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -35,7 +35,7 @@ class Blank:
 
 def rehearse(
     method: Steering,
-    steps: int,
+    grid: int | Sequence[float],
     cost: int = 1,
     kernel: tuple[str, float] | None = None,
     window: tuple[int, int] | None = None,
@@ -44,14 +44,14 @@ def rehearse(
 
     Raises the UserErrors of a run whose steps, noise or budget do not suit the method.
     """
-    oracle = Blank(steps, cost)
+    oracle = Blank(grid, cost)
     kind, eta = kernel or default_kernel(method, oracle)
     problem = Problem(
         oracle=oracle,
         judge=lambda images, sigma: images[:, 0],
         kernel=kind,
         eta=eta,
-        stochastic=noisy_steps(kind, steps, window),
+        stochastic=noisy_steps(kind, len(oracle.sigmas) - 1, window),
         micro_batch=1 << 20,
     )
     replaced = {k: v for k, v in STAND_INS.items() if k in type(method).model_fields}

@@ -88,7 +88,7 @@ def selected(method: Steering, outcome: Outcome, problem: Problem) -> Tensor:
 def warnings(problem: Problem, history: Sequence[Mapping[str, Any]]) -> list[str]:
     """What went wrong on the way, for people: sentences."""
     said, steps = [], problem.steps
-    if problem.kernel == "cps" and problem.stochastic:
+    if problem.kernel == "cps" and problem.stochastic and not problem.few_steps:
         said.append("cps samples a narrower distribution than the model's own, and so does what is steered with it")
     weighed = [row for row in history if "ess" in row]
     low = [row for row in weighed if row["ess"] < 1.5 and row["step"] < steps]

@@ -24,6 +24,7 @@ class NoiseSearch(Steering):
 
     random: (1 + rounds) N independent noises, as best of N. zero_order: N neighbours z' = c z + sqrt(1 - c^2) xi of the
     pivot z a round; the best of them becomes the pivot when it beats it, and the next neighbours are new either way.
+    With a stochastic kernel all of its images have the same noise on the way, so that z alone decides.
     paths: see :func:`diffalign.steering._paths.paths`.
     """
 
@@ -81,7 +82,7 @@ class NoiseSearch(Steering):
         finished: list[Tensor] = []
         scores: list[Tensor] = []
         leaves: list[int] = []
-        pivot, height, parent = None, -float("inf"), None
+        pivot, height, parent, way = None, -float("inf"), None, None
         done = r = 0
         while True:
             n = 1 if r == 0 and self.algorithm == "zero_order" else self.particles
@@ -91,6 +92,10 @@ class NoiseSearch(Steering):
                 break
             generators = problem.particles(done, n)
             z = self._noise(problem, generators, pivot)
+            if self.algorithm == "zero_order":
+                way = generators[0].get_state() if way is None else way
+                for generator in generators:
+                    generator.set_state(way)
             x = problem.walk(z, generators)
             rewards = problem.score(x, problem.steps, some=False)
             here = [lineage.add(r, parent, value) for value in rewards.tolist()]
