@@ -134,9 +134,47 @@ def test_a_fake_score_on_the_teachers_network(models: tuple[Path, Path], dtype: 
         assert torch.equal(predict(fresh), learnt)
 
 
+def test_a_fake_score_of_all_weights_begins_as_the_teacher(models: tuple[Path, Path]) -> None:
+    distilled, base = models
+    pipe, teacher = load(distilled), predict(load(base))
+    adapters.add_full(pipe)
+    method = ACDMD(name="acdmd", teacher=str(base), fake={"base": "teacher"})
+    memory = method.start(pipe, dict(pipe.network.named_parameters()))
+    with memory.faked():
+        assert torch.equal(predict(pipe), teacher)
+    assert torch.equal(predict(pipe), predict(load(distilled)))
+
+
+def test_a_fake_score_over_a_frozen_lora_begins_as_the_teacher(models: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe = load(models[0])
+    adapters.add_lora(pipe, rank=2, alpha=4, targets=["attn.to_q"])
+    adapters.export_lora(moved(pipe, 0.1), tmp_path)
+    pipe, teacher = load(models[0]), predict(load(models[0]))
+    adapters.load_lora(pipe, tmp_path, "start")
+    adapters.add_lora(pipe, rank=2, alpha=4, targets=["attn.to_q"])
+    own = {name: p for name, p in pipe.network.named_parameters() if p.requires_grad}
+    generator = predict(pipe)
+    memory = ACDMD(name="acdmd", fake={"base": "teacher"}).start(pipe, own)
+    with memory.faked():
+        assert torch.equal(predict(pipe), teacher)
+    assert torch.equal(predict(pipe), generator) and not torch.equal(generator, teacher)
+    assert memory.fake.keys() == own.keys()
+
+
+def test_a_teacher_with_other_encoders_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    other = load(models[1])
+    for p in other.pipe.text_encoder.parameters():
+        p.data.mul_(1.5)
+    other.pipe.save_pretrained(tmp_path / "other")
+    pipe = load(models[0])
+    adapters.add_full(pipe)
+    with pytest.raises(UserError, match="has other text encoders than the generator"):
+        ACDMD(name="acdmd", teacher=str(tmp_path / "other")).start(pipe, dict(pipe.network.named_parameters()))
+
+
 def test_exchanged_values_take_their_gradients_along() -> None:
     p = torch.nn.Parameter(torch.ones(2))
-    fake = Exchanged({"w": p})
+    fake = Exchanged({"w": p}, {})
     (3 * p).sum().backward()
     with fake.applied():
         assert p.grad is None
@@ -196,10 +234,12 @@ def test_forward_passes_add_up(run: Any, monkeypatch: pytest.MonkeyPatch, overri
 
 
 def test_settings_of_two_bases_that_do_not_fit(run: Any, models: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="algorithm.fake.base: there is no network beside the generator's"):
-        run("a", "algorithm.fake.base=teacher")
-    with pytest.raises(UserError, match="fake.base: teacher trains a LoRA .*; set adapter: lora"):
-        run("b", f"algorithm.teacher={models[1]}", "algorithm.fake.base=teacher", "adapter=full")
+    for name, adapter in (("a", "lora"), ("b", "full")):
+        with pytest.raises(UserError, match="fake.base: teacher has no effect where training starts from the teacher"):
+            run(name, "algorithm.fake.base=teacher", f"adapter={adapter}")
+    for guidance in ("0.5", "[5, 3]"):
+        with pytest.raises(UserError, match="algorithm.guidance: must be at least 1, or a range from such a number up"):
+            run("g", f"algorithm.guidance={guidance}")
     with pytest.raises(UserError, match="model folder 'nowhere' does not exist"):
         run("c", "algorithm.teacher=nowhere")
     with pytest.raises(UserError, match="reads .*'joint_attention_dim': .*; take a teacher of its family"):
