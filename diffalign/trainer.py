@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -142,7 +141,8 @@ def epoch(run: Run, interrupt: Interrupt) -> bool:
     every = config.evaluation.every or config.checkpoint.every
     if rollout.images is not None and (due(every, run.epoch) or run.epoch == config.trainer.epochs):
         show(run, list(rollout.images[:EXAMPLES]))
-    shown = [f"{name} {values.get(f'reward/{name}', math.nan):.3f}" for name in run.scorers]
+    rewarded = {name: values[key] for name in run.scorers if (key := f"reward/{name}") in values}
+    shown = [f"{name} {value:.3f}" for name, value in rewarded.items()]
     shown += [f"{name} {values[key]:{form}}" for key, (name, form) in SHOWN.items() if key in values]
     run.tracker.advance(f"epoch {run.epoch}/{config.trainer.epochs}  {'  '.join(shown)}")
     return True
