@@ -141,8 +141,12 @@ class Balancer:
                 ]
                 if loss.penalty is not None:
                     means.append(loss.penalty.sum() / count)
-                for number, (own, mean) in enumerate(zip(sums[: len(means)], means, strict=True), 1):
-                    again = number < len(means)  # the last pass frees what the forward pass saved
+                # a loss that no advantage scales has its penalty alone
+                graphs = [
+                    (own, mean) for own, mean in zip(sums[: len(means)], means, strict=True) if mean.requires_grad
+                ]
+                for number, (own, mean) in enumerate(graphs, 1):
+                    again = number < len(graphs)  # the last pass frees what the forward pass saved
                     gradient = torch.autograd.grad(mean, self.parameters, retain_graph=again, allow_unused=True)
                     for total, addend in zip(own, gradient, strict=True):
                         if addend is not None:

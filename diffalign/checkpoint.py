@@ -159,13 +159,26 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
     """What must be the same, by key. With `multireward` that is what its tensors are about: the rewards in order."""
-    kept = {key: _value(config, key) for key in SAME}
+    kept = {key: _value(config, key) for key in SAME} | _optional(config)
     method = config.get("multireward")  # checkpoints older than the key have none
     if method is None:
         return {**kept, "multireward": "null"}
     rewards = [reward["label"] or reward["name"].rpartition(".")[2] for reward in config["rewards"]]
     groups = json.dumps(method.get("groups", {}))  # as text, in which their order counts too
     return {**kept, "multireward": method["name"], "rewards": ", ".join(rewards), "multireward.groups": groups}
+
+
+def _optional(config: dict[str, Any]) -> dict[str, Any]:
+    """What newer versions have; a checkpoint from before counts as one without."""
+    sampling, algorithm = config["sampling"], config["algorithm"]
+    few = sampling.get("timesteps")
+    way = "null" if few is None else f"{list(few)} with {sampling['kernel']}, eta {sampling['eta']:g}"
+    fake = algorithm.get("fake") or {}
+    return {
+        "sampling.timesteps": way,
+        "algorithm.teacher": algorithm.get("teacher"),
+        "algorithm.fake.base": fake.get("base", "generator"),
+    }
 
 
 def _value(config: dict[str, Any], key: str) -> Any:

@@ -55,7 +55,7 @@ def advantages(run: Run, rollout: Rollout, outputs: dict[str, RewardOutput]) -> 
             logged |= {f"reward/{name}": float(valid.mean()), f"reward/{name}_std": spread[name]}
         if len(valid) < len(r):
             logged[f"applies/{name}"] = len(valid) / len(r)
-    run.watch.rewards(run.epoch + 1, spread, bool(alike.all()))
+    run.watch.rewards(run.epoch + 1, spread, run.config.algorithm.compares and bool(alike.all()))
     return logged
 
 

@@ -85,7 +85,9 @@ class Sampling(Section):
             return value
         count = len(value["timesteps"])
         if value.get("steps", count) != count:
-            raise ValueError(f"steps {value['steps']} contradicts the {count} timesteps; leave steps out")
+            raise ValueError(
+                f"steps {value['steps']} contradicts the {count} timesteps; leave steps out, or give {count}"
+            )
         return {**value, "steps": count}
 
     @field_validator("timesteps")

@@ -170,8 +170,11 @@ def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early
         )
     values: dict[str, float] = {}
     with clock("learn"):
-        study = Study(run.epoch, TrainedPolicy.of(run), rollout, total, config.trainer.micro_batch, run.sum)
+        study = Study(
+            config.seed, run.epoch, TrainedPolicy.of(run), rollout, total, config.trainer.micro_batch, run.sum
+        )
         generator, logged = run.memory.learn(study)
+    run.between = run.between and not logged  # what learns beside the model has taken a step
     values |= logged
     for name, head in run.learners.items():
         with clock("learn"):
@@ -181,6 +184,7 @@ def turn(run: Run, clock: Clock, rollout: Rollout, first: int, total: int, early
                 config.trainer.micro_batch, run.sum,
             )  # fmt: skip
             trains, logged = head.learn(lesson)
+        run.between = False
         generator &= trains
         values |= {f"{name}/{key}": value for key, value in logged.items()}
     if not generator:

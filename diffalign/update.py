@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffalign import adapters
 from diffalign.balancing import Meter, Work, back_propagate, reduce
-from diffalign.rewards import Scorer
+from diffalign.rewards import Scorer, shaped
 from diffalign.rollout import sample_seed
 from diffalign.run import Run
 from diffalign.sections import Sampling
@@ -61,7 +61,8 @@ class TrainedPolicy:
 
     def score(self, reward: str, images: Tensor, batch: Rollout, prompts: Sequence[str] | None = None) -> Tensor:
         texts = batch.prompts if prompts is None else prompts
-        return self.scorers[reward](images, texts, batch.metadata).scores
+        scorer = self.scorers[reward]
+        return shaped(scorer.reward, scorer(images, texts, batch.metadata).scores).to(images)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_the_fake_score_sees_what_the_generator_made(
     )
     with torch.no_grad():
         taken, level, _ = last_step(policy, rollout)
-    assert run.memory.learn(Study(2, policy, rollout, len(rollout), len(rollout), run.sum))[0] is False
+    assert run.memory.learn(Study(0, 2, policy, rollout, len(rollout), len(rollout), run.sum))[0] is False
     (sample,) = seen
     assert not sample.x.requires_grad
     if matching == "ambient":

@@ -112,7 +112,7 @@ def test_a_fake_score_on_the_teachers_network(models: tuple[Path, Path], dtype: 
     assert torch.equal(of_teacher(), teacher) and torch.equal(of_fake(), teacher)  # the LoRA begins at zero
     for epoch in (0, 2):
         rollout = rolled(pipe, method, epoch)
-        generates, values = memory.learn(Study(epoch, policy, rollout, 2, 1, lambda t: t))
+        generates, values = memory.learn(Study(0, epoch, policy, rollout, 2, 1, lambda t: t))
         assert values["fake_grad_norm"] > 0
     assert not torch.equal(of_fake(), teacher) and torch.equal(of_teacher(), teacher)
     assert torch.equal(predict(pipe), generator)

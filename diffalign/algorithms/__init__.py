@@ -80,6 +80,7 @@ class Policy(Protocol):
 class Study:
     """An epoch's samples as a method's own networks see them: this process's share of `total` over all processes."""
 
+    seed: int  # of the run
     epoch: int  # from 0
     policy: Policy
     rollout: Rollout
@@ -157,6 +158,11 @@ class Algorithm(Method):
     def stochastic(self, steps: int, seed: int, epoch: int) -> list[int]:
         """Indices of the steps that are sampled with noise in this epoch; the same on every process."""
         return []
+
+    @property
+    def waits(self) -> int:
+        """Epochs before the model's own first optimizer step."""
+        return 0
 
     def until(self, steps: int, seed: int, epoch: int) -> int | None:
         """Number of the steps that an epoch's samples take, where it is not all of them."""

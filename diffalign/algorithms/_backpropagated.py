@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Backpropagated(BaseModel):
     """The reward whose gradient goes back through the decoder into the last step."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     weight: float = Field(1e-4, ge=0)
     """lambda_bp; 0 leaves the decoder and the reward models out of training."""
@@ -26,6 +26,17 @@ class Backpropagated(BaseModel):
     """Names of the run's rewards that are summed; they must be differentiable."""
     margin: float = 3.0
     """Only sums below it have a gradient."""
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(key, sentence) for what does not go together."""
+        place = ("algorithm", "backpropagated")
+        if self.weight and not self.rewards:
+            yield (
+                (*place, "rewards"),
+                "name differentiable rewards of the run, such as [pickscore], or set the weight to 0",
+            )
+        if not self.weight and (self.rewards or self.margin != Backpropagated().margin):
+            yield place, "has no effect with weight 0; remove what else is given"
 
     def loss(self, policy: Policy, batch: Rollout, x0: Tensor) -> tuple[Tensor, Tensor]:
         """relu(margin - R) of latents x0 [B, ...], and R, which has no gradient; both [B]. A reward that does not apply

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffalign.algorithms import Memory, Policy, Study
 from diffalign.algorithms._fakes import Base, FakeNetwork
@@ -21,10 +21,14 @@ COPIES = ("fake score", "its first moments", "its second moments")  # each as la
 FAKE, GENERATOR = 2, 3  # tell the seeds of training noise from those of sampling
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
 class Consistency(BaseModel):
     """Keeps the fake score's clean prediction the mean of its predictions after a step back (AC-DMD)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = STRICT
 
     weight: float = Field(0.01, ge=0)
     """Weight of the term; 0 saves two of three forward passes."""
@@ -35,15 +39,21 @@ class Consistency(BaseModel):
     paths: int = Field(2, ge=1, le=2)
     """2: an unbiased estimate; 1: one forward pass less, biased by the variance of the prediction."""
 
+    @model_validator(mode="after")
+    def _counts(self) -> Consistency:
+        if not self.weight and (self.span, self.moves, self.paths) != (200, 1, 2):
+            raise ValueError("span, moves and paths have no effect with weight 0; remove them")
+        return self
+
 
 class Fake(BaseModel):
     """The fake score: learns the law of the generator's samples, without guidance."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = STRICT
 
     lr: float = Field(3e-5, gt=0)
     """Learning rate of its AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of AdamW's moments."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
@@ -117,7 +127,11 @@ class Scores(Memory):
         self.moments = of_optimizer(self.optimizer, self.fake)
 
     def learn(self, study: Study) -> tuple[bool, dict[str, float]]:
-        self.guidance = self.range if isinstance(self.range, float) else random.Random(study.epoch).uniform(*self.range)
+        self.guidance = (
+            self.range
+            if isinstance(self.range, float)
+            else random.Random(f"guidance {study.seed} {study.epoch}").uniform(*self.range)
+        )
         fake, generator = self.turn(study.epoch)
         return generator, self.fit(study) if fake else {}
 

@@ -72,11 +72,12 @@ class RTDMD(Algorithm):
         yield from scores_conflicts(self.fake, self.teacher, self.guidance)
         if self.subset is not None and self.subset > sampling.steps - 1:
             yield ("algorithm", "subset"), f"{self.subset} exceeds the {sampling.steps - 1} stochastic steps"
-        if self.backpropagated.weight and not self.backpropagated.rewards:
-            said = "name differentiable rewards of the run, such as [pickscore], or set the weight to 0"
-            yield ("algorithm", "backpropagated", "rewards"), said
-        if self.warmup and not self.matching:
-            yield ("algorithm", "warmup"), "trains the fake score, which matching 0 does without; remove it"
+        yield from self.backpropagated.conflicts()
+        if not self.matching and (idle := self.changed(["teacher", "guidance", "fake", "warmup"])):
+            yield (
+                ("algorithm", idle[0]),
+                "has no effect with matching 0, which does without teacher and fake score; remove it",
+            )
 
     def ascends(self) -> tuple[str, ...]:
         return self.backpropagated.rewards if self.backpropagated.weight else ()
@@ -111,8 +112,14 @@ class RTDMD(Algorithm):
         return {"training": 1} | ({"fake score": self.fake.graphs} if self.matching else {})
 
     def start(self, pipeline: Any, parameters: dict[str, nn.Parameter]) -> Memory:
+        if not self.matching:
+            return Memory()
         network = fake_network(pipeline, parameters, self.teacher, self.fake.base)
         return Scores(network, self.fake, self.guidance, made, self.turn)
+
+    @property
+    def waits(self) -> int:
+        return self.warmup
 
     def turn(self, epoch: int) -> tuple[bool, bool]:
         """Whether an epoch trains the fake score, and whether the generator."""
@@ -132,7 +139,7 @@ class RTDMD(Algorithm):
         return {"log_prob": torch.stack(steps, 1)}
 
     def losses(self, policy: Policy, batch: Rollout, memory: Memory) -> Iterator[Loss]:
-        assert isinstance(memory, Scores) and batch.advantages is not None
+        assert batch.advantages is not None
         denoiser, share = policy.denoiser(batch.cond), 1 / len(batch.kept)
         for k in range(len(batch.kept) - 1):
             taken = stored_step(denoiser, policy, batch, k)
@@ -147,13 +154,14 @@ class RTDMD(Algorithm):
             penalty, metrics = self.last(policy, batch, memory)
             yield Loss(unrewarded, batch.advantages, share * penalty, metrics)
 
-    def last(self, policy: Policy, batch: Rollout, memory: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+    def last(self, policy: Policy, batch: Rollout, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """The terms of the deterministic step, weighted, and what to log; all [B]."""
         import torch
 
         taken, s, eta = last_step(policy, batch)
         penalty, metrics = torch.zeros_like(s), {}
         if self.matching:
+            assert isinstance(memory, Scores)
             sample = Sample(taken.x0, s, eta)
             denoiser = policy.denoiser(batch.cond)
             loss = distribution_matching(denoiser, policy, memory, batch, sample)
