@@ -155,7 +155,8 @@ def measure(options: argparse.Namespace, dtype: str, stage: str) -> list[dict[st
 
 
 def compared(options: argparse.Namespace) -> list[Callable[[], dict[str, Any]]]:
-    """Rows of all stages, with what an iteration takes, and each peak beside one model's and four copies'."""
+    """Rows of all stages, with what an iteration takes beside sampling, and each
+    peak beside one model's and four copies'."""
     rows = [row for dtype in options.dtype for stage in options.stage for row in measure(options, dtype, stage)]
     found = []
     for row in rows:
@@ -167,7 +168,7 @@ def compared(options: argparse.Namespace) -> list[Callable[[], dict[str, Any]]]:
         four = None if alone is None else alone + (COPIES - 1) * row["weights GiB"]
         found.append(row | {
             "s/step": f"{row['s/step']:.3g}",
-            "s/iteration": f"{whole:.3g}",
+            "s/iteration without sampling": f"{whole:.3g}",
             "weights GiB": f"{row['weights GiB']:.3f}",
             "peak GiB": f"{row['peak GiB']:.3f}",
             "of one model": "" if alone is None else f"{row['peak GiB'] / alone:.2f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from diffalign.few_steps import FewSteps
-from diffalign.pipelines import _note, looks_like_hub_id
+from diffalign.pipelines import _note, embedded_names, embedded_path
 from diffalign.pipelines._note import Note
 from diffalign.sections import Sampling
 from diffalign.writing import put
@@ -41,10 +42,18 @@ def scheduler_for(family: Any, few: FewSteps) -> Any:
     changes = {"shift": 2 * (n - 1) / (b + math.sqrt(root))}
     if count > 1:  # a single step starts at 1, whatever the shift
         changes["shift_terminal"] = s * last / (1 + (s - 1) * last)
-    found, wanted = type(family).from_config(config, **changes), type(family).from_config(config)
-    found.set_timesteps(count)
-    wanted.set_timesteps(sigmas=[t / n for t in few.timesteps])
-    return found if torch.allclose(found.sigmas, wanted.sigmas, rtol=0, atol=EXACT) else None
+    found = type(family).from_config(config, **changes)
+    return found if walks(found, family, few) else None
+
+
+def walks(scheduler: Any, family: Any, few: FewSteps) -> bool:
+    """Does `scheduler`, told the number of steps alone, give the sigmas of `few` under the shift of `family`?"""
+    if scheduler.config.use_dynamic_shifting or family.config.use_dynamic_shifting:  # then the size decides
+        return False
+    found, wanted = copy.deepcopy(scheduler), copy.deepcopy(family)
+    found.set_timesteps(len(few.timesteps))
+    wanted.set_timesteps(sigmas=[t / family.config.num_train_timesteps for t in few.timesteps])
+    return torch.allclose(found.sigmas, wanted.sigmas, rtol=0, atol=EXACT)
 
 
 def complete_model(folder: Path, pipe: Any, tokens: int | None, sampling: Sampling | None) -> None:
@@ -58,15 +67,16 @@ def complete_model(folder: Path, pipe: Any, tokens: int | None, sampling: Sampli
     saved.save_pretrained(folder / "scheduler")
     family = json.loads(pipe.scheduler.to_json_string())
     _note.write(folder, Note(tokens, few, {k: v for k, v in family.items() if not k.startswith("_")}))
-    load = [f'pipe = {type(pipe).__name__}.from_pretrained("."{_without_t5(tokens)})  # this folder']
-    steps = f"num_inference_steps={len(few.timesteps)}" if exact else _sigmas(few, pipe)
+    name = type(pipe).__name__
+    program = [f"from diffusers import {name}", "", f'pipe = {name}.from_pretrained("."{_without_t5(pipe, tokens)})']
+    program[-1] += "  # this folder"
     said = (
         f"The scheduler in this folder walks {_listed(exact.sigmas.tolist())} for this number of steps, and is for no "
         "other."
         if exact
         else "The scheduler shifts these sigmas as the model's family does; no number of steps gives them."
     )
-    readme(folder, type(pipe).__name__, load, [steps, *_size(sampling, tokens)], said, few)
+    readme(folder, program, [_grid(few, pipe, exact is not None), *_size(sampling, tokens)], said, few)
 
 
 def complete_lora(folder: Path, pipeline: Any, sampling: Sampling) -> None:
@@ -75,17 +85,33 @@ def complete_lora(folder: Path, pipeline: Any, sampling: Sampling) -> None:
     if few is None:
         return
     _note.write(folder, Note(None, few))
-    base = "MODEL" if pipeline.source is None else pipeline.source[0]
-    base = base if looks_like_hub_id(base) else Path(base).name
-    load = [f'pipe = {type(pipe).__name__}.from_pretrained("{base}"{_without_t5(tokens)})']
-    load.append('pipe.load_lora_weights(".")  # this folder')
-    if few.eta > RENOISES:
-        load.append("pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)")
-    said = "The scheduler shifts these sigmas as the model's family does."
-    readme(folder, type(pipe).__name__, load, [_sigmas(few, pipe), *_size(sampling, tokens)], said, few)
+    name = type(pipe).__name__
+    path, revision = pipeline.source or ("MODEL", None)
+    program, base = [f"from diffusers import {name}", ""], json.dumps(path, ensure_ascii=False)
+    if (own := Path(path).name) in embedded_names() and Path(path) == embedded_path(own):
+        program, base = ["from diffalign.pipelines import embedded_path", *program], f'embedded_path("{own}")'
+    if revision is not None:
+        base += f", revision={json.dumps(revision, ensure_ascii=False)}"
+    program.append(f"pipe = {name}.from_pretrained({base}{_without_t5(pipe, tokens)})  # what it was trained on")
+    program.append('pipe.load_lora_weights(".")  # this folder')
+    saved = pipe.scheduler
+    if pipeline.few_steps is not None:  # `pipe` has the family's, where the one saved with the model is for its steps
+        saved = type(saved).from_pretrained(path, subfolder="scheduler", revision=revision)
+    exact = walks(saved, pipe.scheduler, few)
+    wanted = {**(saved if exact else pipe.scheduler).config, "stochastic_sampling": few.eta > RENOISES}
+    changes = {k: v for k, v in wanted.items() if not k.startswith("_") and saved.config[k] != v}
+    if changes:
+        listed = ", ".join(f"{k}={v!r}" for k, v in changes.items())
+        program.append(f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {listed})")
+    said = (
+        "That model's own scheduler walks the right noise levels for this number of steps, and is for no other."
+        if exact
+        else "The scheduler shifts these sigmas as the model's family does."
+    )
+    readme(folder, program, [_grid(few, pipe, exact), *_size(sampling, tokens)], said, few)
 
 
-def readme(folder: Path, name: str, load: list[str], call: list[str], said: str, few: FewSteps) -> None:
+def readme(folder: Path, program: list[str], call: list[str], said: str, few: FewSteps) -> None:
     count = len(few.timesteps)
     noise = "Its steps are deterministic."
     if few.eta:
@@ -98,15 +124,20 @@ def readme(folder: Path, name: str, load: list[str], call: list[str], said: str,
         "---", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "",
         f"# Text to image in {count} step{'s' * (count > 1)}", "",
         "A distilled generator. diffusers runs it alone:", "",
-        "```python", f"from diffusers import {name}", "", *load,
+        "```python", *program,
         f'image = pipe("a red circle", {", ".join(call)}, guidance_scale=1.0).images[0]', "```", "",
         f"{said} Guidance is in the weights, so `guidance_scale` stays 1. {noise}", "",
     ]  # fmt: skip
     put(folder / "README.md", "\n".join(lines))
 
 
-def _without_t5(tokens: int | None) -> str:
-    return ", text_encoder_3=None, tokenizer_3=None" if tokens == 0 else ""
+def _without_t5(pipe: Any, tokens: int | None) -> str:
+    """Arguments of from_pretrained, which wants to be told of a part that the folder does not have."""
+    if tokens is None:  # a family that knows no T5
+        return ""
+    released = pipe.text_encoder is None  # the tokenizers stay then
+    absent = (pipe.tokenizer_3 if released else pipe.text_encoder_3) is None
+    return ", text_encoder_3=None, tokenizer_3=None" if absent or tokens == 0 else ""
 
 
 def _size(sampling: Sampling, tokens: int | None) -> list[str]:
@@ -114,7 +145,9 @@ def _size(sampling: Sampling, tokens: int | None) -> list[str]:
     return size if tokens is None else [*size, f"max_sequence_length={tokens}"]
 
 
-def _sigmas(few: FewSteps, pipe: Any) -> str:
+def _grid(few: FewSteps, pipe: Any, by_number: bool) -> str:
+    if by_number:
+        return f"num_inference_steps={len(few.timesteps)}"
     n = pipe.scheduler.config.num_train_timesteps
     return f"sigmas=[{_listed([t / n for t in few.timesteps])}]"
 

@@ -90,7 +90,7 @@ def load(
         dtype: 'fp32', 'bf16' or 'fp16': storage of the frozen weights and precision of the network's forward.
         device: 'cpu', 'cuda', 'cuda:1' ...; by default the GPU when there is one.
         max_sequence_length: T5 tokens of the prompt; 0 does without T5 and does not load it. By default what diffusers
-            uses (256 for SD3), but 0 for an embedded model, whose T5 is empty, and for a folder exported from one.
+            uses (256 for SD3), but 0 for an embedded model, whose T5 is empty, and for a model exported from one.
         encoders: 'resident' on the device, or 'offload': in main memory, and on the device only to encode.
         steering: a class that no family file serves gives an AnyPipeline, which can be steered and not trained.
 
@@ -106,14 +106,14 @@ def load(
     if encoders not in ENCODERS:
         raise UserError(f"encoders '{encoders}' is not one of {', '.join(ENCODERS)}")
     source, local = _locate(str(path), revision)
-    note = _note.read(Path(source)) if local else _note.Note()
-    if max_sequence_length is None:
-        max_sequence_length = note.max_sequence_length
     chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device '{device}' needs a GPU and PyTorch sees none; set device: cpu")
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     config, module = _index(path, source, local, revision, steering)
+    note = _note.read(Path(source)) if local else _note.fetch(source, revision)
+    if max_sequence_length is None:
+        max_sequence_length = note.max_sequence_length
     try:
         # The VAE stays in fp32: it decodes the images that are rewarded.
         dtypes: Any = {"default": torch_dtype, "vae": torch.float32}
@@ -134,11 +134,20 @@ def load(
     return wrapped
 
 
-def few_steps(path: str | Path, lora: str | Path | None = None) -> FewSteps | None:
-    """How a distilled model is sampled: what the folder of its LoRA remembers, or its own; None for any other model,
-    and for a hub id."""
-    own = None if lora is None else _note.read(Path(lora)).few_steps
-    return own or _note.read(Path(path).expanduser()).few_steps
+def few_steps(path: str | Path, lora: str | Path | None = None, revision: str | None = None) -> FewSteps | None:
+    """How a distilled model is sampled: what its LoRA remembers, or else the model itself; None for any other model.
+
+    Either is a folder or a hub id, whose note is read from the hub or its cache; a LoRA may be a file in its folder.
+    """
+    own = None if lora is None else _remembered(lora, None)
+    return own or _remembered(path, revision)
+
+
+def _remembered(path: str | Path, revision: str | None) -> FewSteps | None:
+    place = Path(path).expanduser()
+    if not place.exists() and looks_like_hub_id(str(path)):
+        return _note.fetch(str(path), revision).few_steps
+    return _note.read(place.parent if place.is_file() else place).few_steps
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -160,7 +169,7 @@ def outline(path: str | Path, revision: str | None = None) -> Any:
 
     source, local = _locate(str(path), revision)
     config, module = _index(path, source, local, revision, steering=True)
-    tokens = _note.read(Path(source)).max_sequence_length if local else None
+    tokens = (_note.read(Path(source)) if local else _note.fetch(source, revision)).max_sequence_length
     parts = _outline.parts(source, revision, config) | dict.fromkeys(module.unused(tokens))
     if local:
         _outline.check_weights(Path(source), parts)

@@ -45,6 +45,18 @@ def read(folder: Path) -> Note:
         raise UserError(f"'{path}' is damaged; export the model again") from error
 
 
+def fetch(name: str, revision: str | None = None) -> Note:
+    """That of a hub id, from the hub or its cache; an empty one where there is none, and for what cannot be reached,
+    since whatever loads the model itself says why."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return read(Path(hf_hub_download(name, SIDECAR, revision=revision)).parent)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return Note()
+
+
 def write(folder: Path, note: Note) -> None:
     """Nothing for a note that says nothing."""
     few = note.few_steps

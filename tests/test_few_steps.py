@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from diffalign.few_step_export import complete_lora, scheduler_for
 from diffalign.few_steps import FewSteps
 from diffalign.samplers import denoise, drain
 from diffalign.sections import Sampling
+from diffalign.sizes import LORA_FILE
 from diffalign.steer import Steer
 from diffalign.types import UserError
 
@@ -107,19 +109,21 @@ import json, sys
 import torch
 {block}
 pipe.set_progress_bar_config(disable=True)
-x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+x = torch.randn(2, pipe.transformer.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
 images = pipe({texts}, {call}, latents=x, output_type="pt").images
 torch.save({{"images": images, "sigmas": pipe.scheduler.sigmas, "alone": "diffalign" not in sys.modules}}, sys.argv[1])
 """
 
 
-def by_diffusers(folder: Path) -> dict[str, Any]:
-    """What the README's program gives in a Python that knows nothing of ours; its call is repeated with our noise."""
+def by_diffusers(folder: Path, ours_too: bool = False) -> dict[str, Any]:
+    """What the README's program gives in a Python that knows nothing of ours, or that does; its call is repeated with
+    our noise."""
     (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
     call = re.search(r'pipe\("a red circle", (.*)\)\.images', block)
     assert call is not None
     program, result = PLAIN.format(block=block, texts=TEXTS, call=call[1]), folder.parent / "result.pt"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(TESTS.parent)} if ours_too else {}
     done = subprocess.run(
         [sys.executable, "-c", program, str(result)], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -136,6 +140,22 @@ def test_plain_diffusers_gives_our_images(base: Path, tmp_path: Path, timesteps:
     torch.testing.assert_close(theirs["sigmas"], 3 * raw / (1 + 2 * raw), rtol=0, atol=1e-6)
     assert theirs["alone"]
     torch.testing.assert_close(theirs["images"], ours(folder), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("with_t5", [False, True])
+def test_text_encoders_are_those_of_the_folder(with_t5: bool, tmp_path: Path) -> None:
+    """Prompts of 24 tokens of T5, whether there is one or not."""
+    folder = tiny_models.sd3_folder(tmp_path / "base", with_t5)
+    pipe = pipelines.load(folder, device="cpu", max_sequence_length=24)
+    model = adapters.export_full(pipe, tmp_path / "model", sampling=sampling())
+    said = (model / "README.md").read_text("utf-8")
+    assert ("text_encoder_3=None, tokenizer_3=None" in said) is not with_t5 and "max_sequence_length=24" in said
+    torch.testing.assert_close(by_diffusers(model)["images"], ours(model), rtol=0, atol=2e-5)
+    pipe.release_encoders()  # that of a LoRA says the same, whether the encoders are still there or not
+    (tmp_path / "lora").mkdir()
+    complete_lora(tmp_path / "lora", pipe, sampling())
+    said = (tmp_path / "lora" / "README.md").read_text("utf-8")
+    assert ("text_encoder_3=None, tokenizer_3=None" in said) is not with_t5
 
 
 def test_the_folder_needs_no_more_than_the_number_of_steps(few: Path) -> None:
@@ -161,19 +181,74 @@ def test_a_folder_remembers_its_steps_and_its_familys_scheduler(base: Path, few:
         pipelines.load(tmp_path / "again", device="cpu")
 
 
-def test_a_lora_remembers_and_tells_the_call(base: Path, tmp_path: Path) -> None:
-    pipe = pipelines.load(base, device="cpu")
+def lora_of(model: Path | str, folder: Path, **options: Any) -> Path:
+    """As a run writes it."""
+    pipe = pipelines.load(model, device="cpu")
     adapters.add_lora(pipe, 2, 2.0)
-    folder = tmp_path / "sd3" / "lora"
     adapters.export_lora(pipe, folder)
-    complete_lora(folder, pipe, sampling(eta=0.9))
-    assert pipelines.few_steps(base, folder) == FewSteps(FOUR, 0.9) and pipelines.few_steps(base) is None
+    complete_lora(folder, pipe, sampling(**options))
+    return folder
+
+
+def test_a_lora_remembers_and_tells_the_call(base: Path, tmp_path: Path) -> None:
+    folder = lora_of(base, tmp_path / "lora", eta=0.9)
+    for lora in (folder, folder / LORA_FILE):
+        assert pipelines.few_steps(base, lora) == FewSteps(FOUR, 0.9)
+    assert pipelines.few_steps(base) is None
     said = (folder / "README.md").read_text("utf-8")
-    assert "sigmas=[1, 0.75, 0.5, 0.25]" in said and "stochastic_sampling=True" in said
-    (folder / "sd3").symlink_to(base)  # the README names the model by its folder
+    assert "sigmas=[1, 0.75, 0.5, 0.25]" in said and "from_config(pipe.scheduler.config, stochastic_s" in said
     theirs = by_diffusers(folder)
     assert theirs["alone"]
     torch.testing.assert_close(theirs["sigmas"], torch.tensor(WALKED), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "eta", "changed"),
+    [
+        (FOUR, 0.9, ()),
+        (FOUR, 0.0, ("stochastic_sampling",)),
+        (UNEVEN, 0.0, ("shift", "shift_terminal", "stochastic_sampling")),
+    ],
+)
+def test_a_lora_of_a_few_step_model(
+    few: Path, tmp_path: Path, timesteps: tuple[float, ...], eta: float, changed: tuple[str, ...]
+) -> None:
+    """Its scheduler walks FOUR with eta 0.9: the README uses it for these steps, and undoes it for others."""
+    folder = lora_of(few, tmp_path / "lora", timesteps=timesteps, eta=eta)
+    said = (folder / "README.md").read_text("utf-8")
+    assert f'from_pretrained("{few}", ' in said and ("num_inference_steps=4" in said) is (timesteps == FOUR)
+    assert set(re.findall(r"(\w+)=", "".join(re.findall(r"from_config\((.*)\)", said)))) == set(changed)
+    theirs, raw = by_diffusers(folder), torch.tensor([*timesteps, 0.0]) / 1000
+    torch.testing.assert_close(theirs["sigmas"], 3 * raw / (1 + 2 * raw), rtol=0, atol=1e-6)
+    if not eta:  # the LoRA, as it begins, changes nothing
+        torch.testing.assert_close(theirs["images"], ours(few, theirs["sigmas"].tolist()), rtol=0, atol=2e-5)
+
+
+def test_a_lora_of_an_embedded_model(tmp_path: Path) -> None:
+    folder = lora_of("tiny-sd3", tmp_path / "lora")
+    assert 'from_pretrained(embedded_path("tiny-sd3"), ' in (folder / "README.md").read_text("utf-8")
+    sigmas = by_diffusers(folder, ours_too=True)["sigmas"]
+    torch.testing.assert_close(sigmas, torch.tensor([1, 0.75, 0.5, 0.25, 0]), rtol=0, atol=1e-6)
+
+
+def test_hub_ids_remember_too(few: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of the hub with a few-step model on a branch, beside the family's own on main."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stored = tmp_path / "models--owner--name"
+    for branch, source, commit in [("main", base, "a" * 40), ("distilled", few, "b" * 40)]:
+        shutil.copytree(source, stored / "snapshots" / commit)
+        (stored / "refs").mkdir(exist_ok=True)
+        (stored / "refs" / branch).write_text(commit)
+    assert pipelines.few_steps("owner/name") is None and pipelines.few_steps("nobody/nothing") is None
+    assert pipelines.few_steps("owner/name", revision="distilled") == FewSteps(FOUR, 0.9)
+    pipe = pipelines.load("owner/name", "distilled", device="cpu")
+    assert pipe.few_steps == FewSteps(FOUR, 0.9) and pipe.max_sequence_length == 0
+    torch.testing.assert_close(pipe.sigmas(FOUR, 64, 64), torch.tensor(WALKED), rtol=0, atol=1e-6)
+    (tmp_path / "lora").mkdir()
+    complete_lora(tmp_path / "lora", pipe, sampling())
+    said = (tmp_path / "lora" / "README.md").read_text("utf-8")
+    assert 'from_pretrained("owner/name", revision="distilled", text' in said and "num_inference_steps=4" in said
 
 
 def generated(model: Path, folder: Path, *options: str) -> list[Any]:

@@ -161,8 +161,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_gradient_against_finite_differences(method: Algorithm) -> None:
-    steps = {"draft": 6 - getattr(method, "steps", 0)}.get(method.name, 4)
-    batch, model = batch_at(steps), seen(curved)
+    batch, model = batch_at(6 - method.steps if isinstance(method, DRaFT) else 4), seen(curved)
     slopes = torch.autograd.grad(total(method, model, batch, Memory()).sum(), list(model.parameters.values()))  # type: ignore[arg-type]
     chosen = torch.cat([slope.flatten()[:3] for slope in slopes])
     found = differences(lambda: total(method, model, batch, Memory()).sum(), model.parameters)  # type: ignore[arg-type]

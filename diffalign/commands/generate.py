@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = prompts.load(args.prompts) if args.prompts is not None else [{"prompt": p} for p in args.prompt]
     settings = {k: getattr(args, k) for k in ("guidance", "negative_prompt", "height", "width")}
     given = {k: v for k, v in settings.items() if v is not None}
-    steps = few_steps.asked(args, remembered(args.model, args.lora), "generate")
+    steps = few_steps.asked(args, remembered(args.model, args.lora, args.revision), "generate")
     sampling = validated(Sampling, {**given, **steps}, "generate")
     for name in ("images", "micro_batch"):
         if getattr(args, name) < 1:
