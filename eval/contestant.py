@@ -90,7 +90,8 @@ def _parse(text: str) -> Wanted:
     options = _options(text, written)
     method = resolve({"select": "best", **parse_options(steering, f"--models {text!r}")}) if steering else None
     about = _source(text, source, options)
-    known = about.pop("few_steps", None) or pipelines.few_steps(about["model"], about.get("lora"), about.get("revision"))
+    found = [about.get(key) for key in ("model", "lora", "revision")]
+    known = about.pop("few_steps", None) or pipelines.few_steps(*found)
     own: dict[str, Any] = {k: options[k] for k in ("steps", "guidance", "kernel", "dtype") if k in options}
     own |= _sampled(text, options, known)
     if method is not None and "kernel" in options:
