@@ -136,12 +136,9 @@ def _conflicts(config: Config) -> list[tuple[KeyPath, str]]:
     if config.rewards and not algorithm.rewarded:
         said = f"'{algorithm.name}' trains on none; put them under evaluation.rewards to measure them"
         wrong.append((("rewards",), said))
-    if config.trainer.epochs <= algorithm.waits:
-        said = f"'{algorithm.name}' first trains the model in epoch {algorithm.waits + 1}; set more epochs"
-        wrong.append((("trainer", "epochs"), said))
     if not algorithm.rewarded and config.advantage != Group(name="group"):
         wrong.append((("advantage",), f"has no effect with '{algorithm.name}'; remove it"))
-    if config.evaluation.every and not config.evaluation.rewards:
+    if config.evaluation.every and not algorithm.rewarded and not config.evaluation.rewards:
         wrong.append((("evaluation", "rewards"), "name what to measure, such as [geneval]"))
     known = {r.key: r for r in config.rewards}
     for name in algorithm.ascends():

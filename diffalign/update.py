@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class TrainedPolicy:
     pipeline: Any  # a Pipeline that adapters can work on
     sampling: Sampling
     negative: Conditioning | None
-    scorers: Mapping[str, Scorer]
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run) -> TrainedPolicy:

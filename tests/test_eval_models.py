@@ -200,9 +200,10 @@ def test_another_family_beside_ours(world: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     base, own, plain, two = found.entries.values()
     for key in found.keys:
-        assert len({e.made[key].digest for e in (base, own, plain)}) == 3 and two.value("redness", key) >= own.value(
-            "redness", key
-        )
+        assert len({e.made[key].digest for e in (base, own, plain)}) == 3
+        assert (
+            two.value("redness", key) > own.value("redness", key) - 1e-4
+        )  # one of the two is its image, but for rounding
         assert not any(entry.scores["asleep"][key].valid for entry in found.entries.values())
     probes = {
         probe: score for (reward, probe), found in base.probes.items() if reward == "wordy" for score in found.values()

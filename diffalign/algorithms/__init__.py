@@ -159,11 +159,6 @@ class Algorithm(Method):
         """Indices of the steps that are sampled with noise in this epoch; the same on every process."""
         return []
 
-    @property
-    def waits(self) -> int:
-        """Epochs before the model's own first optimizer step."""
-        return 0
-
     def until(self, steps: int, seed: int, epoch: int) -> int | None:
         """Number of the steps that an epoch's samples take, where it is not all of them."""
         return None

@@ -35,8 +35,6 @@ class Backpropagated(BaseModel):
                 (*place, "rewards"),
                 "name differentiable rewards of the run, such as [pickscore], or set the weight to 0",
             )
-        if not self.weight and (self.rewards or self.margin != Backpropagated().margin):
-            yield place, "has no effect with weight 0; remove what else is given"
 
     def loss(self, policy: Policy, batch: Rollout, x0: Tensor) -> tuple[Tensor, Tensor]:
         """relu(margin - R) of latents x0 [B, ...], and R, which has no gradient; both [B]. A reward that does not apply

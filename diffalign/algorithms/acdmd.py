@@ -84,10 +84,6 @@ class ACDMD(Algorithm):
         network = fake_network(pipeline, parameters, self.teacher, self.fake.base)
         return Scores(network, self.fake, self.guidance, self.made, self.turn)
 
-    @property
-    def waits(self) -> int:
-        return self.ratio
-
     def turn(self, epoch: int) -> tuple[bool, bool]:
         """Whether an epoch trains the fake score, and whether the generator."""
         generator = (epoch + 1) % (self.ratio + 1) == 0

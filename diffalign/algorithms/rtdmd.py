@@ -45,7 +45,7 @@ class RTDMD(Algorithm):
     subset: int | None = Field(2, ge=1)
     """SubGRPO: stochastic steps trained in an epoch; null: all, with no shared noise."""
     matching: float = Field(1e-3, ge=0)
-    """lambda_dm, weight of distribution matching."""
+    """lambda_dm, weight of distribution matching; 0 does without teacher and fake score."""
     backpropagated: Backpropagated = Backpropagated()
     """The reward that is back-propagated through the last step."""
     guidance: float | tuple[float, float] = 4.5
@@ -73,11 +73,8 @@ class RTDMD(Algorithm):
         if self.subset is not None and self.subset > sampling.steps - 1:
             yield ("algorithm", "subset"), f"{self.subset} exceeds the {sampling.steps - 1} stochastic steps"
         yield from self.backpropagated.conflicts()
-        if not self.matching and (idle := self.changed(["teacher", "guidance", "fake", "warmup"])):
-            yield (
-                ("algorithm", idle[0]),
-                "has no effect with matching 0, which does without teacher and fake score; remove it",
-            )
+        if self.warmup and not self.matching:
+            yield ("algorithm", "warmup"), "trains the fake score, which matching 0 does without; set it to 0"
 
     def ascends(self) -> tuple[str, ...]:
         return self.backpropagated.rewards if self.backpropagated.weight else ()
@@ -116,10 +113,6 @@ class RTDMD(Algorithm):
             return Memory()
         network = fake_network(pipeline, parameters, self.teacher, self.fake.base)
         return Scores(network, self.fake, self.guidance, made, self.turn)
-
-    @property
-    def waits(self) -> int:
-        return self.warmup
 
     def turn(self, epoch: int) -> tuple[bool, bool]:
         """Whether an epoch trains the fake score, and whether the generator."""
